@@ -1,0 +1,32 @@
+"""What the pass pipeline did to a program, as data. No clock, path or host may enter here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One choice a pass took about one node or weight, and why."""
+
+    subject: str
+    choice: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassRecord:
+    """The trace one pass leaves in `Program.history` and in the artifact.
+
+    `divergence` is the largest absolute logit difference on the probe batch against the program
+    before the pass (None when not measured); `misses` are reasons why near-matches did not apply.
+    """
+
+    name: str
+    options: dict[str, bool | int | float | str]
+    nodes_before: int
+    nodes_after: int
+    matches: int
+    divergence: float | None = None
+    decisions: tuple[Decision, ...] = ()
+    misses: tuple[str, ...] = field(default=())

@@ -1,0 +1,49 @@
+"""Plans made by the last passes and obeyed by executors: memory today, captures for graph targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferSlot:
+    """Where one intermediate value lives in the activation arena.
+
+    Bytes are for `MemoryPlan.max_tokens` rows. `first` and `last` are node indexes of its life.
+    """
+
+    value: str
+    offset_bytes: int
+    size_bytes: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes an executor will need, known before anything is loaded.
+
+    `max_tokens` is the row budget of one step the arena was sized for;
+    `cache_bytes_per_token` covers all groups; `arena` is in order of first use.
+    """
+
+    weight_bytes: int
+    activation_bytes: int
+    activation_bytes_unshared: int
+    max_tokens: int
+    max_rows: int
+    cache_bytes_per_token: int
+    arena: tuple[BufferSlot, ...] = ()
+
+    def cache_tokens_within(self, total_bytes: int) -> int:
+        """How many cached tokens fit in `total_bytes` beside weights and activations (0 if none)."""
+        left = total_bytes - self.weight_bytes - self.activation_bytes
+        return max(0, left // self.cache_bytes_per_token) if self.cache_bytes_per_token else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturePlan:
+    """Batch sizes for which a graph target records one replayable step."""
+
+    decode_rows: tuple[int, ...]
+    prefill_tokens: tuple[int, ...]
