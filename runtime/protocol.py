@@ -2,6 +2,7 @@
 
 Everything here is plain data over integers; no torch, no model. An executor owns the KV storage,
 the permanent rows, and sampling; the engine owns blocks, order, and the life of requests.
+What is made once a row and a step is a msgspec Struct, because those cost a tenth of a dataclass.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,8 +23,9 @@ Ticket = NewType("Ticket", int)
 
 class LogitsWanted(Enum):
     """Which rows of a segment produce logits: NONE for an unfinished prefill chunk, LAST to sample
-    the next token, ALL for every position of the segment (speculative verification), PROMPT for
-    logprobs of the segment's own next tokens."""
+    the next token, ALL for every position from the last known token on (speculative verification:
+    1 + len(draft_ids) samples), PROMPT for the logprob of the row's known token that follows each
+    position; where a PROMPT segment ends with the row's last known token, that position samples too."""
 
     NONE = "none"
     LAST = "last"
@@ -42,10 +45,12 @@ class TokenSource(Enum):
 class SamplingState:
     """All that sampling one request depends on. `temperature` 0 is greedy.
 
-    Noise is Philox4x32-10 keyed by (`seed`, position, vocabulary index), so a sampled token depends on
-    nothing but its own request. `eos_token_ids` and `stop_token_ids` are masked out while fewer than
-    `min_tokens` tokens were generated. `logprobs` is how many top alternatives to return, None for
-    none at all. `logit_bias` is pairs (token id, added bias).
+    Noise is Philox4x32-10 keyed by (`seed`, position, vocabulary index), where the position is the one
+    the sampled token will take in its sequence, so a token depends on nothing but its own request.
+    `runtime.sampling` is the oracle and states the order of the filters. The tokens of
+    `banned_until_min` (end and stop tokens) are masked while fewer than `min_tokens` tokens were
+    generated. `logprobs` is how many top alternatives to return, None for none at all. `logit_bias` is
+    pairs (token id, added bias).
     """
 
     temperature: float = 0.0
@@ -64,8 +69,9 @@ class SamplingState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowEntry:
-    """A request takes a permanent row. `prompt_token_ids` are known to the executor for penalties and,
-    after a preemption, followed by what was generated: `num_prompt_tokens` tells where."""
+    """A request takes a permanent row, whose block tables start empty. `token_ids` is the prompt and,
+    after a preemption, what was generated behind it: `num_prompt_tokens` tells where. The executor
+    appends what it samples, so that penalties and LAST_SAMPLED need nothing from the engine."""
 
     row: int
     request_id: int
@@ -78,20 +84,21 @@ class RowEntry:
 class RowDiff:
     """Rows entered and left since the last diff, applied before the next `submit`.
 
-    A row in both lists leaves first. Leaving a row forgets its tokens; pages are the engine's.
+    A row in both lists leaves first. Leaving a row forgets its tokens and block tables; the pages are
+    the engine's. A step already submitted is not affected. Leaving an empty row changes nothing.
     """
 
     enter: tuple[RowEntry, ...] = ()
     leave: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """`num_tokens` consecutive tokens of one row, at positions `start` ... `start + num_tokens - 1`.
 
-    `token_ids` holds them when `source` is IDS, and is empty when LAST_SAMPLED (then `num_tokens`
-    is 1 + len(draft_ids)). `draft_ids` are proposed tokens that follow and are verified: position
-    i of the segment samples, and draft i is accepted when it equals that sample.
+    They are `token_ids` (one, the row's last sampled, when `source` is LAST_SAMPLED and `token_ids`
+    is empty) followed by `draft_ids`: `num_tokens` is the sum. Drafts are proposed tokens that are
+    verified: sample 0 belongs to the last token before the drafts, sample i to draft i - 1, and
+    draft i is accepted when it and all before it equal the samples at their places.
     """
 
     row: int
@@ -103,8 +110,7 @@ class Segment:
     logits: LogitsWanted = LogitsWanted.LAST
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockChange:
+class BlockChange(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Entry `index` of `row`'s block table in cache group `group` becomes physical `block`
     (-1: the page was freed because its window has passed)."""
 
@@ -128,8 +134,9 @@ class StepPlan:
     """One step over a ragged batch. `epoch` grows by one a step; a block freed in epoch e may be
     written again only by plans made after the result of epoch e was collected.
 
-    `grammar_mask` is uint32 `[len(segments), ceil(vocab / 32)]`, bit set = allowed, or None; for a
-    segment with drafts it holds one row per position, in `segments` order.
+    `grammar_mask` is None or uint32 `[num_mask_rows, ceil(vocab / 32)]`, bit `v % 32` of word `v // 32`
+    set where token v is allowed: 1 + len(draft_ids) rows for each segment, in `segments` order (a
+    segment that samples nothing has one row too, which nobody reads).
     """
 
     step_id: int
@@ -156,11 +163,10 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowResult:
+class RowResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one segment produced. `token_ids` has 1 + `num_accepted` sampled tokens, none when the
-    segment wanted no logits; `finite` is False when its logits held NaN or infinities, and then
-    `token_ids` is empty."""
+    segment wanted no logits; `finite` is False when its logits held NaN or +inf or its masks left no
+    token, and then `token_ids` is empty."""
 
     row: int
     token_ids: tuple[int, ...] = ()
