@@ -51,5 +51,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || bash .ci/make-venv $(VENV) "$(PYTHON)"
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[compile,serve,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[compile,serve,dev]'
 	@touch $@
