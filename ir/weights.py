@@ -1,0 +1,334 @@
+"""Weights as lazy expressions over safetensors slices, evaluated one tensor at a time.
+
+Knows where bytes lie and how they are rearranged; knows no graph and holds no model in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..spec.errors import InternalError, ModelError
+from ..spec.quant import QuantScheme
+from .quantized import QTensor, quantize_rtn
+
+_QUANTIZE_ROWS = 8192
+
+
+class Reader:
+    """Open safetensors files, mapped on first use."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, safe_open] = {}
+
+    def tensor(self, path: str, key: str) -> Tensor:
+        """The stored tensor `key` of file `path`."""
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt")
+        return self._files[path].get_tensor(key)
+
+    def close(self) -> None:
+        """Unmap everything."""
+        self._files.clear()
+
+
+class Expr(Protocol):
+    """A tensor that is not there yet: its shape and dtype are known, its values on `evaluate`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """The values, as a fresh or mapped tensor that the caller must not change."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The tensor `key` of the safetensors file at `path`."""
+
+    path: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """Read the tensor; ModelError when the file holds another shape than its header said."""
+        tensor = reader.tensor(self.path, self.key)
+        if tuple(tensor.shape) != self.shape:
+            raise ModelError(
+                "model.tensor_shape",
+                f"Tensor {self.key!r} in {Path(self.path).name} has shape {list(tensor.shape)}.",
+                f"The model needs {list(self.shape)}.",
+                "Check that the weights and config.json belong together.",
+            )
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Unbound:
+    """A parameter known by shape alone: a program traced from a config, before weights are bound."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """Never possible: raises InternalError."""
+        raise InternalError(
+            "ir.unbound_weight",
+            f"Weight {self.name!r} has no values.",
+            "The program was traced from a config and no checkpoint was bound to it.",
+            "Bind a checkpoint before evaluating weights.",
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant:
+    """A tensor held in memory: buffers, small folded results, random test weights."""
+
+    value: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value."""
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the value."""
+        return self.value.dtype
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """The value itself."""
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`of` narrowed to `start <= index < stop` along `dim`."""
+
+    of: Expr
+    dim: int
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape with the narrowed dimension."""
+        shape = list(self.of.shape)
+        shape[self.dim] = self.stop - self.start
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As `of`."""
+        return self.of.dtype
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """A view of `of`."""
+        return self.of.evaluate(reader).narrow(self.dim, self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """`parts` joined along `dim`."""
+
+    parts: tuple[Expr, ...]
+    dim: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape with the joined dimension."""
+        shape = list(self.parts[0].shape)
+        shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the first part."""
+        return self.parts[0].dtype
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """Fill one result part by part, so that no two parts are in memory at once."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        start = 0
+        for part in self.parts:
+            stop = start + part.shape[self.dim]
+            out.narrow(self.dim, start, stop - start).copy_(part.evaluate(reader))
+            start = stop
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """`parts` of one shape along a new first dimension."""
+
+    parts: tuple[Expr, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape with the new first dimension."""
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the first part."""
+        return self.parts[0].dtype
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """Fill one result part by part."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        for index, part in enumerate(self.parts):
+            out[index].copy_(part.evaluate(reader))
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Permute:
+    """`of` with its dimensions in another order (a transpose when there are two)."""
+
+    of: Expr
+    dims: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the new order."""
+        return tuple(self.of.shape[dim] for dim in self.dims)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As `of`."""
+        return self.of.dtype
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """A contiguous copy in the new order."""
+        return self.of.evaluate(reader).permute(self.dims).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Reshape:
+    """`of` in another shape of as many elements."""
+
+    of: Expr
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As `of`."""
+        return self.of.dtype
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """A view, or a copy where strides ask for one."""
+        return self.of.evaluate(reader).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """`of` rounded to `dtype`."""
+
+    of: Expr
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As `of`."""
+        return self.of.shape
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """The rounded values."""
+        return self.of.evaluate(reader).to(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """One part (`codes`, `scales` or `zeros`) of `of[N, K]` or `[E, N, K]` rounded to nearest."""
+
+    of: Expr
+    scheme: QuantScheme
+    part: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the portable packing."""
+        *rows, width = self.of.shape
+        if self.part != "codes":
+            return (*rows, self.scheme.num_groups(width))
+        stored = self.scheme.padded_in_features(width)
+        return (*rows, stored if self.scheme.bits == 8 else stored // 2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the part."""
+        if self.part == "scales":
+            return getattr(torch, self.scheme.scale_dtype)
+        signed = self.part == "codes" and self.scheme.bits == 8 and self.scheme.symmetric
+        return torch.int8 if signed else torch.uint8
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """Quantise in bands of rows, so that the float32 copy stays small."""
+        weight = self.of.evaluate(reader)
+        rows = weight.reshape(-1, weight.shape[-1])
+        out = torch.empty((rows.shape[0], self.shape[-1]), dtype=self.dtype)
+        for start in range(0, rows.shape[0], _QUANTIZE_ROWS):
+            band: QTensor = quantize_rtn(rows[start : start + _QUANTIZE_ROWS], self.scheme)
+            out[start : start + _QUANTIZE_ROWS] = getattr(band, self.part)
+        return out.reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightStore:
+    """The weights of a Program by name; immutable, one owner a name.
+
+    Tied weights are one entry that several nodes read; `ties` lists the other names the source model
+    used for it (alias -> owner).
+    """
+
+    entries: Mapping[str, Expr]
+    ties: Mapping[str, str] = field(default_factory=dict[str, str])
+    reader: Reader = field(default_factory=Reader)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __getitem__(self, name: str) -> Expr:
+        return self.entries[name]
+
+    def evaluate(self, name: str) -> Tensor:
+        """The values of `name`; nothing is kept."""
+        return self.entries[name].evaluate(self.reader)
+
+    def with_entries(self, added: Mapping[str, Expr]) -> WeightStore:
+        """This store with `added` put in or replaced."""
+        return WeightStore({**self.entries, **added}, self.ties, self.reader)
+
+    def restricted_to(self, used: Iterable[str]) -> WeightStore:
+        """This store with only the entries named in `used`."""
+        keep = set(used)
+        entries = {name: expr for name, expr in self.entries.items() if name in keep}
+        ties = {alias: owner for alias, owner in self.ties.items() if owner in keep}
+        return WeightStore(entries, ties, self.reader)
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of one entry as stored."""
+        count = 1
+        for size in self.entries[name].shape:
+            count *= size
+        return count * self.entries[name].dtype.itemsize
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all entries as stored."""
+        return sum(self.num_bytes(name) for name in self.entries)
