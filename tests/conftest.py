@@ -1,0 +1,62 @@
+"""Options and fixtures of all tests: golden texts, hypothesis on a noisy machine, paths of what is bundled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# A deadline would fail a test for what its neighbours on the machine do.
+settings.register_profile("llmc", deadline=None, print_blob=True)
+settings.load_profile("llmc")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-golden", action="store_true", help="write golden files anew instead of comparing"
+    )
+
+
+@pytest.fixture
+def golden(request):
+    """`golden(text, "name.txt")` compares `text` with golden/name.txt beside the test file.
+
+    With --update-golden it writes that file instead.
+    """
+    folder = request.path.parent / "golden"
+    update = request.config.getoption("--update-golden")
+
+    def check(text, name):
+        path = folder / name
+        if update:
+            folder.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        assert path.exists(), (
+            f"{path} does not exist; run this test with --update-golden and read what it wrote"
+        )
+        assert text == path.read_text(encoding="utf-8")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def stories_7m() -> Path:
+    """The folder of the bundled model."""
+    return REPOSITORY / "models" / "stories-7m"
+
+
+@pytest.fixture(scope="session")
+def stories_1m() -> Path:
+    """The folder of the bundled draft."""
+    return REPOSITORY / "models" / "stories-1m"
+
+
+@pytest.fixture(scope="session")
+def heldout_stories() -> list[str]:
+    """Stories that the bundled models were not trained on."""
+    text = (REPOSITORY / "tests" / "data" / "stories-heldout.txt").read_text(encoding="utf-8")
+    return [story.strip("\n") for story in text.split("<|endoftext|>") if story.strip()]
