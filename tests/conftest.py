@@ -1,4 +1,4 @@
-"""Options and fixtures of all tests: golden texts, hypothesis on a noisy machine, paths of what is bundled."""
+"""Options and fixtures of all tests: golden texts, what is bundled, hypothesis on a noisy machine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ settings.load_profile("llmc")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--update-golden", action="store_true", help="write golden files anew instead of comparing"
-    )
+    parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing")
 
 
 @pytest.fixture
@@ -35,9 +33,7 @@ def golden(request):
             folder.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
             return
-        assert path.exists(), (
-            f"{path} does not exist; run this test with --update-golden and read what it wrote"
-        )
+        assert path.exists(), f"{path} is missing: run with --update-golden, then read what it wrote"
         assert text == path.read_text(encoding="utf-8")
 
     return check
