@@ -21,9 +21,9 @@ def print_program(program: Program) -> str:
     """The whole program: a header, inputs, then `name: type = operator(arguments)` per node."""
     symbols = symbol_names(program.graph, program.inputs)
     spec = program.spec
+    sizes = f"layers={spec.num_layers} hidden={spec.hidden_size} vocab={spec.vocab_size}"
     lines = [
-        f"program {spec.family} layers={spec.num_layers} hidden={spec.hidden_size} vocab={spec.vocab_size} "
-        f"dtype={spec.compute_dtype}",
+        f"program {spec.family} {sizes} dtype={spec.compute_dtype}",
         f"facts: {', '.join(sorted(program.facts)) or '-'}",
     ]
     for node in program.graph.nodes:
