@@ -32,7 +32,7 @@ def attend_rows(
     softcap: float,
     chunk: int,
 ) -> Tensor:
-    """Attention of one sequence: `q[T, H, D]` at `positions[T]` over keys at `first_key`, `first_key + 1`, ...
+    """Attention of one sequence: `q[T, H, D]` at `positions[T]` over keys from position `first_key` on.
 
     `k[M, G, D]`, `v[M, G, V]`; gives `[T, H, V]` in q's dtype. Scores, softmax and sums are float32.
     """

@@ -6,6 +6,8 @@ V head width of v, P physical pages, N tokens a page, B pages a sequence may hav
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -103,7 +105,7 @@ def paged_attention(
     page_tokens = k_cache.shape[1]
     out = q.new_zeros((q.shape[0], q.shape[1], v_cache.shape[3]))
     bounds = query_starts.tolist()
-    for index, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for index, (start, stop) in enumerate(pairwise(bounds)):
         if stop == start:
             continue
         rows = slice(start, stop)
