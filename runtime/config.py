@@ -1,0 +1,75 @@
+"""The runtime's settings: sizes and policies, nothing about any model. Checked once, before loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from ..spec.errors import UsageError
+
+ORDERS = ("hrrn", "fcfs", "priority")
+SPECULATIONS = ("none", "ngram", "draft")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeConfig:
+    """How an artifact is run.
+
+    `cache_bytes` is for KV pages over all groups, 0 for the executor's default; `max_requests` run at the
+    same time; `max_waiting` more may queue; `max_step_tokens` is the budget of one mixed batch;
+    `max_model_len` None means as many tokens as the model and the cache allow. `draft_tokens` is the most
+    tokens speculated at once, found by matching the last `ngram_min` to `ngram_max` tokens or by the
+    executor's draft model.
+    """
+
+    cache_bytes: int = 0
+    max_requests: int = 64
+    max_waiting: int = 4096
+    max_step_tokens: int = 2048
+    max_model_len: int | None = None
+    prefix_cache: bool = True
+    order: Literal["hrrn", "fcfs", "priority"] = "hrrn"
+    speculation: Literal["none", "ngram", "draft"] = "none"
+    draft_tokens: int = 4
+    ngram_min: int = 2
+    ngram_max: int = 4
+    timeout_s: float | None = None
+
+    def validate(self) -> None:
+        """Raises UsageError for a value out of its range, naming field, value and range."""
+        least = {
+            "cache_bytes": 0,
+            "max_requests": 1,
+            "max_waiting": 0,
+            "max_step_tokens": 1,
+            "draft_tokens": 1,
+            "ngram_min": 1,
+            "ngram_max": 1,
+        }
+        for item in fields(self):
+            value: object = getattr(self, item.name)
+            if item.name in least and (not isinstance(value, int) or value < least[item.name]):
+                raise _invalid(item.name, value, f"at least {least[item.name]}")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise _invalid("max_model_len", self.max_model_len, "at least 1")
+        if self.max_step_tokens < self.max_requests:
+            raise _invalid(
+                "max_step_tokens", self.max_step_tokens, f"at least max_requests = {self.max_requests}"
+            )
+        if self.ngram_max < self.ngram_min:
+            raise _invalid("ngram_max", self.ngram_max, f"at least ngram_min = {self.ngram_min}")
+        if self.order not in ORDERS:
+            raise _invalid("order", self.order, f"one of {', '.join(ORDERS)}")
+        if self.speculation not in SPECULATIONS:
+            raise _invalid("speculation", self.speculation, f"one of {', '.join(SPECULATIONS)}")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise _invalid("timeout_s", self.timeout_s, "above 0")
+
+
+def _invalid(name: str, value: object, allowed: str) -> UsageError:
+    return UsageError(
+        f"runtime.{name}",
+        f"The runtime setting {name} is {value!r}.",
+        f"It must be {allowed}.",
+        f"Choose another {name}.",
+    )
