@@ -46,7 +46,6 @@ def test_help_of_every_command_needs_no_torch(tmp_path):
     assert heavy_modules_after(code, tmp_path) == "[]"
 
 
-@pytest.mark.pure
 def test_public_names_resolve_and_are_listed(tmp_path):
     code = (
         "import llmc\n"
