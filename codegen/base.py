@@ -1,0 +1,55 @@
+"""What every backend offers: a finished Program becomes the files of an artifact. Backends are found by the
+kind of the target, and imported when one is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Protocol, cast
+
+from ..artifact.writer import ArtifactWriter
+from ..ir.program import Program
+from ..spec.errors import TargetError
+from ..spec.target import Target
+from .programs import WeightProgress
+
+# Target kind -> module with a class `Backend`.
+_BACKENDS = {"reference": ".reference.backend"}
+
+
+class Backend(Protocol):
+    """Writes the target-dependent part of an artifact, and the programs.
+
+    The manifest, the tokenizer, the oracle and the report are the driver's, and the same for all targets.
+    """
+
+    def estimate_bytes(self, program: Program, portable: Program) -> int:
+        """Upper bound of the bytes that `emit` writes, known before any weight is evaluated."""
+        ...
+
+    def emit(
+        self,
+        program: Program,
+        portable: Program,
+        writer: ArtifactWriter,
+        progress: Callable[[WeightProgress], None] | None = None,
+    ) -> None:
+        """Writes programs, weights and code, telling `progress` before each weight.
+
+        `program` is final, `portable` is what it was before the lay-out stage; both read the same weights
+        under the same names, or weights of their own.
+        """
+        ...
+
+
+def backend_for(target: Target) -> Backend:
+    """The backend of `target`. Raises TargetError when there is none for its kind."""
+    if target.kind not in _BACKENDS:
+        raise TargetError(
+            "target.no_backend",
+            f"No code can be generated for the target {target.name!r}.",
+            f"This version of llmc generates code for: {', '.join(_BACKENDS)}.",
+            "Choose one of these with --target.",
+        )
+    module = import_module(_BACKENDS[target.kind], __package__)
+    return cast("Backend", module.Backend())

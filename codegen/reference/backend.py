@@ -1,0 +1,32 @@
+"""The reference backend: the program as data and its weights as they are. There is no code to generate;
+the executor interprets the graph with the reference operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...artifact.writer import ArtifactWriter
+from ...ir.program import Program
+from ..programs import WeightProgress, shared_weights, write_programs, write_weights
+
+# What programs, headers, tokenizer and manifest take beside the weights, generously.
+_BESIDE_WEIGHTS_BYTES = 64 * 2**20
+
+
+class Backend:
+    """`codegen.base.Backend` of target kind `reference`."""
+
+    def estimate_bytes(self, program: Program, portable: Program) -> int:
+        """Bytes of all weights as stored, and a bound for the rest."""
+        return shared_weights(program, portable).total_bytes + _BESIDE_WEIGHTS_BYTES
+
+    def emit(
+        self,
+        program: Program,
+        portable: Program,
+        writer: ArtifactWriter,
+        progress: Callable[[WeightProgress], None] | None = None,
+    ) -> None:
+        """Writes programs and weights."""
+        write_programs(program, portable, writer)
+        write_weights(shared_weights(program, portable), writer, progress=progress)
