@@ -1,0 +1,170 @@
+"""A Hugging Face model folder, opened: config, precision, tokenizer files, tensors by header alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..spec.errors import ModelError, UsageError
+from .json_files import read_object
+from .shards import StoredTensor, list_tensors
+from .tokenizer_files import TokenizerFiles, find_tokenizer
+
+COMPUTE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One model folder. `config` is the transformers config object, `tensors` what is stored by name;
+    no tensor is loaded."""
+
+    folder: Path
+    config: Any
+    raw_config: dict[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    tokenizer: TokenizerFiles
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The checkpoint's own precision: what most of its values are stored in.
+
+        Raises ModelError when that is no dtype a program can compute in.
+        """
+        values: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors.values():
+            if tensor.dtype.is_floating_point:
+                values[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
+        stored = values.most_common(1)[0][0] if values else None
+        if stored not in COMPUTE_DTYPES.values():
+            raise ModelError(
+                "model.precision",
+                f"Most weights of {self.folder.name} are stored as {_dtype_name(stored)}.",
+                f"Programs compute in {', '.join(COMPUTE_DTYPES)}.",
+                "Choose one of these with --dtype, or convert the checkpoint.",
+            )
+        assert stored is not None
+        return stored
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open the model in `folder` without loading a tensor.
+
+    Raises ModelError for a folder that is empty or no model, an unknown `model_type`, a quantised
+    checkpoint, weights that are pickled, missing, truncated or damaged, and a missing tokenizer.
+    """
+    raw = _read_config(folder)
+    config = _config_object(folder, raw)
+    tensors = list_tensors(folder)
+    return Checkpoint(
+        folder=folder, config=config, raw_config=raw, tensors=tensors, tokenizer=find_tokenizer(folder)
+    )
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The compute dtype called `name`. Raises UsageError naming those that exist."""
+    if name in COMPUTE_DTYPES:
+        return COMPUTE_DTYPES[name]
+    close = get_close_matches(name, COMPUTE_DTYPES, n=1)
+    raise UsageError(
+        "usage.dtype",
+        f"There is no compute dtype {name!r}.",
+        f"Programs compute in {', '.join(COMPUTE_DTYPES)}.",
+        f"Did you mean {close[0]}?" if close else "Choose one of these.",
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not any(folder.iterdir()):
+        raise ModelError(
+            "model.empty_folder",
+            f"{folder} is empty.",
+            "A model is a folder with config.json, safetensors weights and a tokenizer.",
+            "Download the model into it, or name another folder.",
+        )
+    if not (folder / "config.json").is_file():
+        raise _no_config(folder)
+    raw = read_object(folder / "config.json")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "an unnamed method")
+        raise ModelError(
+            "model.quantised_checkpoint",
+            f"{folder.name} is already quantised ({method}).",
+            "This version of llmc reads unquantised checkpoints and quantises them itself.",
+            "Use the unquantised model with --quant.",
+        )
+    return raw
+
+
+def _no_config(folder: Path) -> ModelError:
+    if (folder / "manifest.json").is_file():
+        return ModelError(
+            "model.is_artifact",
+            f"{folder.name} is a compiled artifact.",
+            "It has a manifest.json and no config.json.",
+            "Run it with `llmc generate`, or name the model it was compiled from.",
+        )
+    if (folder / "adapter_config.json").is_file():
+        return ModelError(
+            "model.is_adapter",
+            f"{folder.name} is an adapter, not a model.",
+            "It has adapter_config.json and no config.json of its own.",
+            "Merge the adapter into its base model, then compile that.",
+        )
+    return ModelError(
+        "model.no_config",
+        f"{folder.name} is no model folder.",
+        "There is no config.json in it.",
+        "Name a folder in the Hugging Face format.",
+    )
+
+
+def _config_object(folder: Path, raw: dict[str, Any]) -> Any:
+    from .hf.configs import config_from_json, known_model_types
+
+    kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelError(
+            "model.no_model_type",
+            f"config.json of {folder.name} has no model_type.",
+            "Without it nobody can tell which architecture the weights belong to.",
+            "Add the model_type the model was trained as.",
+        )
+    known = known_model_types()
+    if kind not in known:
+        close = get_close_matches(kind, known, n=3, cutoff=0.5)
+        raise ModelError(
+            "model.unknown_type",
+            f"The model type {kind!r} is unknown.",
+            "The installed transformers has no such architecture"
+            + (f"; the closest are {', '.join(close)}." if close else "."),
+            "Check model_type in config.json, or install a newer transformers.",
+        )
+    try:
+        return config_from_json(raw)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(
+            "model.bad_config",
+            f"config.json of {folder.name} does not describe a {kind} model.",
+            f"transformers refuses it: {error}.",
+            "Restore config.json from where the model came from.",
+        ) from error
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.") if dtype is not None else "integers"
