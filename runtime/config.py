@@ -19,7 +19,7 @@ class RuntimeConfig:
     same time; `max_waiting` more may queue; `max_step_tokens` is the budget of one mixed batch;
     `max_model_len` None means as many tokens as the model and the cache allow. `draft_tokens` is the most
     tokens speculated at once, found by matching the last `ngram_min` to `ngram_max` tokens or by the
-    executor's draft model.
+    executor's draft model. `num_threads` is for the executor, 0 means one per core.
     """
 
     cache_bytes: int = 0
@@ -34,6 +34,7 @@ class RuntimeConfig:
     ngram_min: int = 2
     ngram_max: int = 4
     timeout_s: float | None = None
+    num_threads: int = 0
 
     def validate(self) -> None:
         """Raises UsageError for a value out of its range, naming field, value and range."""
@@ -45,6 +46,7 @@ class RuntimeConfig:
             "draft_tokens": 1,
             "ngram_min": 1,
             "ngram_max": 1,
+            "num_threads": 0,
         }
         for item in fields(self):
             value: object = getattr(self, item.name)
