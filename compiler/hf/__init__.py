@@ -1,0 +1,1 @@
+"""The bridge to transformers: configs, unmodified models, and the three registries that tracing replaces."""

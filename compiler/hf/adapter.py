@@ -1,0 +1,255 @@
+"""Every name of transformers that tracing depends on: classes, attributes, keyword arguments, registries.
+Knows what a transformers model calls things; knows no graph."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.moe import ExpertsInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+INTERFACE = "llmc"
+
+# Arguments that reach the attention function and change nothing in a step without HF's own cache: `is_causal`
+# and `sliding_window` style arguments that do are handled by name where they arrive.
+HARMLESS_ATTENTION_ARGUMENTS = frozenset(
+    """
+    dropout position_ids use_cache cache_position output_attentions output_hidden_states return_dict
+    position_embeddings attention_type logits_to_keep
+    """.split()  # noqa: SIM905
+)
+
+ATTENTION_LAYER_TYPES = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
+# Mask functions by qualified name, as `masking_utils` builds them: what each adds to a causal mask.
+MASK_PARTS = {
+    "causal_mask_function": "causal",
+    "sliding_window_overlay.<locals>.inner_mask": "window",
+    "chunked_overlay.<locals>.inner_mask": "chunk",
+    "packed_sequence_mask_function.<locals>.inner_mask": "packed",
+    "and_masks.<locals>.and_mask": "all",
+    "remap_positions_for_packed_sequence.<locals>.inner_mask": "remapped",
+}
+MASK_SIZES = {"window": "sliding_window", "chunk": "chunk_size"}
+
+
+def causal_lm_class(config: Any) -> type[nn.Module] | None:
+    """The class of causal language models of `config`, or None when transformers has none."""
+    mapping = cast(Any, AutoModelForCausalLM)._model_mapping
+    if type(config) not in mapping:
+        return None
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def uses_attention_interface(model_class: type[nn.Module]) -> bool:
+    """Whether the class says that its attention goes through the attention registry."""
+    return bool(getattr(model_class, "_supports_attention_backend", False))
+
+
+def takes_positions(model_class: type[nn.Module]) -> bool:
+    """Whether the model computes on the positions it is given, and not on counted ones."""
+    return "position_ids" in inspect.signature(model_class.forward).parameters
+
+
+def keeps_rows(model: nn.Module) -> bool:
+    """Whether the model can compute logits for chosen rows only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether `config` wraps a language model's config beside others."""
+    return config.get_text_config(decoder=True) is not config
+
+
+def quantization_method(config: Any) -> str | None:
+    """How the checkpoint of `config` was quantised by whoever published it, or None."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method) or "unknown")
+
+
+def other_mixers(config: Any) -> list[str]:
+    """Kinds of layers that `config` lists and that are not attention."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    return sorted({str(kind) for kind in kinds} - ATTENTION_LAYER_TYPES)
+
+
+def num_layers(config: Any) -> int:
+    """Number of decoder layers."""
+    return int(config.num_hidden_layers)
+
+
+def hidden_size(config: Any) -> int:
+    """Width of the residual stream."""
+    return int(config.hidden_size)
+
+
+def token_ids(config: Any, name: str) -> tuple[int, ...]:
+    """The ids of special token `name` (`bos`, `eos`, `pad`), however the config writes them."""
+    value = getattr(config, f"{name}_token_id", None)
+    if value is None:
+        return ()
+    return tuple(int(item) for item in value) if isinstance(value, list | tuple) else (int(value),)
+
+
+def max_positions(config: Any) -> int | None:
+    """The context length that the config states, in tokens."""
+    value = getattr(config, "max_position_embeddings", None)
+    return None if value is None else int(value)
+
+
+def rope_parameter_sets(config: Any) -> list[dict[str, Any]]:
+    """The rope parameters of `config`: one set, or one per kind of layer."""
+    found = getattr(config, "rope_parameters", None)
+    if not isinstance(found, dict):
+        return []
+    sets = [found] if "rope_type" in found else [entry for entry in found.values() if isinstance(entry, dict)]
+    return [entry for entry in sets if "rope_type" in entry]
+
+
+def build_model(config: Any, dtype: torch.dtype, *, implementation: str) -> nn.Module:
+    """An unmodified model of `config` whose attention (and experts, where it can) go to `implementation`.
+
+    The config is copied. Parameters are initialised as transformers does.
+    """
+    own = copy.deepcopy(config)
+    own.use_cache = False
+    options = {"attn_implementation": implementation, "dtype": dtype}
+    if implementation != INTERFACE:
+        return AutoModelForCausalLM.from_config(own, **options).eval()
+    try:
+        model = AutoModelForCausalLM.from_config(own, **options, experts_implementation=INTERFACE)
+    except ValueError as error:
+        if "experts" not in str(error):
+            raise
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    return model.eval()
+
+
+@contextmanager
+def interfaces(
+    attention: Callable[..., Any], mask: Callable[..., Any], experts: Callable[..., Any]
+) -> Generator[None]:
+    """Register the three functions as implementation `INTERFACE` for the time of the block."""
+    registries = (AttentionInterface, AttentionMaskInterface, ExpertsInterface)
+    for registry, function in zip(registries, (attention, mask, experts), strict=True):
+        registry.register(INTERFACE, function)
+    try:
+        yield
+    finally:
+        for registry in registries:
+            cast(Any, registry)._global_mapping.pop(INTERFACE, None)
+
+
+def layer_index(module: Any) -> int | None:
+    """The index of the layer that an attention module belongs to."""
+    value = getattr(module, "layer_idx", None)
+    return None if value is None else int(value)
+
+
+def is_bidirectional(module: nn.Module) -> bool:
+    """Whether an attention module says that it looks ahead."""
+    return getattr(module, "is_causal", True) is False
+
+
+def forward_arguments(input_ids: Tensor, positions: Tensor, rows: Tensor | None) -> dict[str, Any]:
+    """Keyword arguments of a causal language model's forward for one packed batch."""
+    arguments: dict[str, Any] = {"input_ids": input_ids, "position_ids": positions, "use_cache": False}
+    return arguments if rows is None else {**arguments, "logits_to_keep": rows}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLayout:
+    """How an experts module stores and joins its weights."""
+
+    gated: bool
+    transposed: bool
+    concatenated: bool
+    biased: bool
+    normed: bool
+
+
+def expert_layout(module: Any) -> ExpertLayout | None:
+    """The layout of a module that goes through the experts registry; None for any other module."""
+    if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
+        return None
+    return ExpertLayout(
+        gated=bool(getattr(module, "has_gate", True)),
+        transposed=bool(module.is_transposed),
+        concatenated=bool(getattr(module, "is_concatenated", True)),
+        biased=bool(getattr(module, "has_bias", False)),
+        normed=bool(getattr(module, "has_post_expert_norm", False)),
+    )
+
+
+def expert_activation(module: Any, layout: ExpertLayout) -> Callable[[Tensor], Tensor]:
+    """What stands between the two projections of an expert."""
+    return module._apply_gate if layout.gated else module.act_fn
+
+
+def expert_weights(module: Any, layout: ExpertLayout) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """First and second projection, then their biases, of all experts of a module."""
+    first = "gate_up_proj" if layout.gated else "up_proj"
+    biases = (f"{first}_bias", "down_proj_bias") if layout.biased else ()
+    found: list[Any] = [getattr(module, name) for name in (first, "down_proj", *biases)]
+    if not biases:
+        return found[0], found[1], None, None
+    return found[0], found[1], found[2], found[3]
+
+
+def rope_kinds(module: Any) -> dict[str, str]:
+    """Rope kind by buffer prefix (`""`, or `KIND_` per kind of layer) of a rotary module; empty otherwise."""
+    kinds: Any = getattr(module, "rope_type", None)
+    if isinstance(kinds, str):
+        return {"": kinds}
+    return {f"{layer}_": str(kind) for layer, kind in kinds.items()} if isinstance(kinds, dict) else {}
+
+
+def set_longrope(module: Any, prefix: str, num_positions: int) -> None:
+    """Give a rotary module the longrope frequencies for sequences of `num_positions`, once and for all."""
+    layer = prefix.removesuffix("_") or None
+    options = {"seq_len": num_positions} | ({"layer_type": layer} if layer else {})
+    frequencies, scaling = ROPE_INIT_FUNCTIONS["longrope"](module.config, torch.device("cpu"), **options)
+    getattr(module, f"{prefix}inv_freq").copy_(frequencies)
+    setattr(module, f"{prefix}attention_scaling", scaling)
+    module.rope_type = "default" if layer is None else {**module.rope_type, layer: "default"}
+
+
+def longrope_border(module: Any, prefix: str) -> int:
+    """The number of positions up to which a longrope module uses its short factors."""
+    parameters = module.config.rope_parameters
+    layer = prefix.removesuffix("_")
+    own = parameters[layer] if layer else parameters
+    border = own.get("original_max_position_embeddings") or module.config.original_max_position_embeddings
+    return int(border)
+
+
+def settle_shared_layers(model: nn.Module) -> None:
+    """Keep models that share K and V between layers from dropping rows half-way through the layers.
+
+    Gemma 4 skips rows without wanted logits after its last storing layer, which asks whether there is
+    one token; the rows that are dropped never change others.
+    """
+    for module in model.modules():
+        if hasattr(module, "_maybe_slice_kv_shared_inputs"):
+            cast(Any, module)._maybe_slice_kv_shared_inputs = _keep_all_rows
+
+
+def _keep_all_rows(hidden: Any, per_layer: Any, positions: Any, masks: Any, *_: Any, **__: Any) -> Any:
+    return hidden, per_layer, positions, masks
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters that `module` itself registers, to be replaced in place."""
+    return module._parameters  # pyright: ignore[reportPrivateUsage]
