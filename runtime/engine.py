@@ -279,6 +279,7 @@ class Engine:
                     token_ids=token_ids,
                     logprobs=row.logprobs,
                     prompt_logprobs=prompt_logprobs,
+                    num_cached_tokens=request.num_cached_tokens,
                 )
             )
 
@@ -354,6 +355,7 @@ class Engine:
                 token_ids=token_ids,
                 logprobs=row.logprobs[: len(token_ids)] if row is not None else (),
                 prompt_logprobs=prompt_logprobs,
+                num_cached_tokens=entry.num_cached_tokens,
                 finished=finished,
             )
         )

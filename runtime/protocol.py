@@ -35,7 +35,8 @@ class LogitsWanted(Enum):
 
 class TokenSource(Enum):
     """Where a segment's input ids come from: the plan, or the row's last sampled token, which may
-    still be on the device when the plan is made."""
+    still be on the device when the plan is made. Where that sampling failed, so does the segment: its
+    result is not finite, and the other rows of the step do not notice."""
 
     IDS = "ids"
     LAST_SAMPLED = "last_sampled"

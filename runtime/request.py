@@ -142,6 +142,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0
     finished: FinishedRequest | None = None
 
 

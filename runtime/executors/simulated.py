@@ -102,6 +102,7 @@ class _Row:
     entry: RowEntry
     token_ids: list[int]
     tables: list[NDArray[np.int64]]
+    has_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +190,8 @@ class SimulatedExecutor:
 
     def _run(self, segment: Segment, touched: dict[tuple[int, int], _Row]) -> RowResult:
         row = self._rows[segment.row]
+        if row.has_failed:
+            return RowResult(row=segment.row, finite=False)
         known = segment.num_tokens - len(segment.draft_ids)
         expected = row.token_ids[segment.start : segment.start + known]
         _expect(len(expected) == known, "a segment runs ahead of its row's tokens")
@@ -211,6 +214,7 @@ class SimulatedExecutor:
             segment.row, logits[known - 1 :], row.entry.sampling, history, segment.draft_ids
         )
         row.token_ids.extend(result.token_ids)
+        row.has_failed = not result.finite
         if not prompt_logprobs:
             return result
         return RowResult(

@@ -42,9 +42,10 @@ def drain(engine: Engine, max_steps: int = 5000) -> dict[int, FinishedRequest]:
                 ended[output.request_id] = output.finished
     assert not engine.has_work()
     for request_id, finished in ended.items():
-        assert finished.output_token_ids[-len(told[request_id]) :] == tuple(told[request_id]) or not told[
-            request_id
-        ]
+        assert (
+            finished.output_token_ids[-len(told[request_id]) :] == tuple(told[request_id])
+            or not told[request_id]
+        )
     engine.blocks.check()
     assert engine.blocks.used() == [0] * len(engine.blocks.groups)
     assert engine.blocks.available() == list(engine._executor.caps.num_blocks)

@@ -26,7 +26,9 @@ SAMPLINGS = [
     SamplingState(),
     SamplingState(temperature=0.8, seed=7),
     SamplingState(temperature=1.3, seed=2**63 + 5, top_k=9, top_p=0.9, min_p=0.02),
-    SamplingState(temperature=0.7, seed=3, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2),
+    SamplingState(
+        temperature=0.7, seed=3, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2
+    ),
     SamplingState(temperature=1.0, seed=11, min_tokens=6, banned_until_min=(1, 2), logprobs=2),
 ]
 
@@ -50,7 +52,9 @@ def alone(names, request, drained):
     return drained(engine)[request.request_id].output_token_ids
 
 
-@pytest.mark.parametrize("names", [["full"], ["full", "window"], ["chunk", "small pages"], ["window"]], ids=str)
+@pytest.mark.parametrize(
+    "names", [["full"], ["full", "window"], ["chunk", "small pages"], ["window"]], ids=str
+)
 @pytest.mark.parametrize("speculation", ["none", "ngram", "draft"])
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
@@ -62,13 +66,20 @@ def alone(names, request, drained):
     order=st.sampled_from(["hrrn", "fcfs", "priority"]),
 )
 def test_tokens_do_not_depend_on_company(
-    names, speculation, prefix_cache, request_of, drained, seed, num_blocks, max_step_tokens, max_in_flight, order
+    names,
+    speculation,
+    prefix_cache,
+    request_of,
+    drained,
+    seed,
+    num_blocks,
+    max_step_tokens,
+    max_in_flight,
+    order,
 ):
     rng = random.Random(seed)
     executor = SimulatedExecutor(
-        caps_for(
-            names, num_blocks, max_rows=3, max_tokens=64, max_in_flight=max_in_flight, can_propose=True
-        )
+        caps_for(names, num_blocks, max_rows=3, max_tokens=64, max_in_flight=max_in_flight, can_propose=True)
     )
     config = RuntimeConfig(
         max_requests=3,
@@ -107,7 +118,9 @@ def test_preemption_drafts_and_hits_really_happen(request_of, drained):
     """The matrix means nothing if its cells are empty."""
     rng = random.Random(1)
     caps = caps_for(["full", "window"], 17, max_rows=6, can_propose=True)
-    engine = Engine(SimulatedExecutor(caps), RuntimeConfig(max_requests=6, speculation="draft", max_step_tokens=16))
+    engine = Engine(
+        SimulatedExecutor(caps), RuntimeConfig(max_requests=6, speculation="draft", max_step_tokens=16)
+    )
     for number in range(12):
         engine.add_request(request_of(number, [1, 2, 3, 4, 5, 6, 7, 8, 9, rng.randrange(29)], 20))
     drained(engine)

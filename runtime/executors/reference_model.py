@@ -1,0 +1,197 @@
+"""A paged program with its weights and caches, run in tiles of a fixed number of rows. Knows tensors and
+steps; nothing of requests and sampling.
+
+Why tiles: the bits of a library's result may depend on the shape it is called with, and a token's must not
+depend on its company. Here every operator of the graph is always called with exactly `TILE` tokens, and
+outside of matrix products on one thread, since a vectorised loop that several threads cut in
+the middle of a row treats the ends differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from ...ir import ops
+from ...ir.interpret import interpret
+from ...ir.paged import PagedSequence, allocate_caches, k_cache_name, slots_name, step_inputs, v_cache_name
+from ...ir.quantized import dequantize_rows
+from ...spec.cache import CacheLayout
+from ...spec.quant import parse_scheme
+from ..protocol import BlockCopy
+
+assert ops  # importing it registers the operators
+
+TILE = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileLogits:
+    """Logits `[n, vocab]` of one tile, float32: row i belongs to `owners[i]` = (sequence of the step, token
+    of that sequence's part in the step)."""
+
+    owners: tuple[tuple[int, int], ...]
+    logits: NDArray[np.float32]
+
+
+class ReferenceModel:
+    """Runs steps of one program over its own caches. Not thread-safe.
+
+    `weight(name)` gives tensors that stay alive as long as the model. Quantised matrices are dequantised
+    once and kept while `dense_bytes` last, which changes no bit of any result, only time: what does
+    not fit is dequantised anew for every tile.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        weight: Callable[[str], Tensor],
+        layout: CacheLayout,
+        num_pages: Sequence[int],
+        *,
+        num_threads: int,
+        dense_bytes: int,
+    ) -> None:
+        self._layout = layout
+        self._num_threads = num_threads
+        self._weight = weight
+        self._caches = allocate_caches(layout, num_pages)
+        self.dense = DenseWeights(dense_bytes)
+        self._whole = _prepared(graph, self.dense, self._threaded)
+        self._body = without_head(self._whole)
+
+    def run(self, sequences: Sequence[PagedSequence]) -> Iterator[TileLogits]:
+        """Runs one step tile by tile, in order, writing K and V of every token; yields the logits that
+        `wanted` of each sequence asks for as they come."""
+        for tile in split_tiles(sequences, TILE):
+            parts = [part for _, _, part in tile]
+            owners = tuple((index, offset + token) for index, offset, part in tile for token in part.wanted)
+            inputs = _padded(step_inputs(self._layout, parts), len(self._layout.groups)) | self._caches
+            with self._single_threaded():
+                logits = interpret(self._whole if owners else self._body, inputs, self._weight)
+            if owners:
+                yield TileLogits(owners=owners, logits=logits[: len(owners)].float().numpy())
+
+    def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
+        """Copies physical pages within their groups, in order."""
+        for copy in copies:
+            for layer in self._layout.groups[copy.group].layers:
+                for name in (k_cache_name(layer), v_cache_name(layer)):
+                    self._caches[name][copy.target] = self._caches[name][copy.source]
+
+    @contextmanager
+    def _single_threaded(self) -> Generator[None, None, None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _threaded(self, operator: Callable[..., Any]) -> Callable[..., Any]:
+        """`operator` with the model's threads: for products of fixed shape, whose rows do not depend on
+        where a thread's part ends."""
+
+        def call(*args: Any) -> Any:
+            torch.set_num_threads(self._num_threads)
+            try:
+                return operator(*args)
+            finally:
+                torch.set_num_threads(1)
+
+        return call
+
+
+class DenseWeights:
+    """Dequantised matrices, kept while their budget lasts."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget_bytes = budget_bytes
+        self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.used_bytes = 0
+
+    def linear(
+        self, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, scheme: str
+    ) -> Tensor:
+        """`llmc.quantized_linear`: the same values through the same product."""
+        key = (codes.data_ptr(), x.dtype)
+        weight = self._kept.get(key)
+        if weight is None:
+            weight = dequantize_rows(codes, scales, zeros, parse_scheme(scheme), x.shape[-1]).to(x.dtype)
+            if self.used_bytes + weight.nbytes <= self._budget_bytes:
+                self._kept[key] = weight
+                self.used_bytes += weight.nbytes
+        return torch.ops.llmc.linear.default(x, weight, bias)
+
+
+def _prepared(
+    graph: fx.Graph, dense: DenseWeights, threaded: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> fx.Graph:
+    """A copy of `graph` whose products run threaded and over kept dense weights."""
+    linear, quantized = torch.ops.llmc.linear.default, torch.ops.llmc.quantized_linear.default
+    products = {linear: threaded(linear), quantized: threaded(dense.linear)}
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for node in copy.nodes:
+        if node.target in products:
+            node.target = products[node.target]
+    return copy
+
+
+def without_head(graph: fx.Graph) -> fx.Graph:
+    """A copy of `graph` without what depends on `out_rows`: it writes the caches and returns nothing."""
+    headed: set[fx.Node] = set()
+    body = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        is_head = node.op == "output" or (node.op == "placeholder" and node.target == "out_rows")
+        if is_head or any(source in headed for source in node.all_input_nodes):
+            headed.add(node)
+        else:
+            copies[node] = body.node_copy(node, copies.__getitem__)
+    body.output(())
+    return body
+
+
+def split_tiles(sequences: Sequence[PagedSequence], size: int) -> list[list[tuple[int, int, PagedSequence]]]:
+    """Cuts a step into tiles of at most `size` tokens, in order.
+
+    Each entry is (index of the sequence, tokens of it that lie in earlier tiles, its part in this tile).
+    """
+    tiles: list[list[tuple[int, int, PagedSequence]]] = [[]]
+    free = size
+    for index, sequence in enumerate(sequences):
+        offset = 0
+        while offset < len(sequence.token_ids):
+            if free == 0:
+                tiles.append([])
+                free = size
+            count = min(free, len(sequence.token_ids) - offset)
+            part = replace(
+                sequence,
+                start=sequence.start + offset,
+                token_ids=sequence.token_ids[offset : offset + count],
+                wanted=[token - offset for token in sequence.wanted if offset <= token < offset + count],
+            )
+            tiles[-1].append((index, offset, part))
+            offset += count
+            free -= count
+    return tiles
+
+
+def _padded(inputs: dict[str, Tensor], num_groups: int) -> dict[str, Tensor]:
+    """`inputs` filled up to `TILE` tokens and rows: what is added writes nothing and attends to nothing."""
+    fill = {"input_ids": 0, "positions": 0, "out_rows": 0}
+    fill |= {slots_name(group): -1 for group in range(num_groups)}
+    padded = dict(inputs)
+    for name, value in fill.items():
+        missing = TILE - inputs[name].shape[0]
+        padded[name] = torch.nn.functional.pad(inputs[name], (0, missing), value=value)
+    return padded

@@ -1,0 +1,242 @@
+"""The public face of a loaded model: prompts in, texts out. Joins tokenizer, engine and the engine's thread;
+decides nothing about order, pages or sampling."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import queue
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, cast
+
+from ..spec.errors import RequestError
+from ..spec.model import ModelSpec
+from .admission import EngineLimits, check_prompt, check_request
+from .collector import Collector
+from .config import RuntimeConfig
+from .engine import Engine
+from .loop import EngineLoop
+from .outputs import GenerationOutput, StreamChunk
+from .params import SamplingParams
+from .protocol import Executor
+from .request import Request
+from .session import Session, Sink
+from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model that generates text, for many requests at once.
+
+    A prompt is text, which is tokenised as the model expects (with its beginning-of-text token where it
+    has one), or token ids, which are taken as they are. An empty text is a RequestError even where a
+    beginning-of-text token would make it one token long: send that token's id to generate from nothing.
+    Without `params`, the model's own generation defaults hold, and output goes up to the context length.
+
+    All methods may be called from any thread. `draw_seed` gives the seed of a request that has none.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        spec: ModelSpec,
+        config: RuntimeConfig | None = None,
+        draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
+    ) -> None:
+        self.engine = Engine(executor, config)
+        self.tokenizer = tokenizer
+        self.spec = spec
+        own = tokenizer.eos_token_ids if tokenizer is not None else ()
+        self.eos_token_ids = tuple(dict.fromkeys((*own, *spec.eos_token_ids)))
+        self._loop = EngineLoop(self.engine)
+        self._draw_seed = draw_seed
+        self._numbers = itertools.count()
+        self._names = itertools.count()
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What can be served: context length, requests at a time, tokens a step."""
+        return self.engine.limits
+
+    def default_params(self) -> SamplingParams:
+        """The generation defaults the model came with; greedy when it came with none."""
+        if self.tokenizer is None:
+            return SamplingParams(temperature=0.0)
+        return self.tokenizer.defaults.params()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[GenerationOutput]:
+        """Generates for all prompts together; results in their order.
+
+        All prompts are checked before the first runs: RequestError names what is wrong with one. A
+        request that fails later ends with reason ERROR and does not touch the others.
+        """
+        told: queue.SimpleQueue[StreamChunk | Exception] = queue.SimpleQueue()
+        sessions = [self._session(prompt, params, told.put) for prompt in _as_prompts(prompts)]
+        collectors = {
+            session.request_id: Collector(session, prompt)
+            for session, prompt in zip(sessions, _as_prompts(prompts), strict=True)
+        }
+        left = iter(sessions)
+        size = max(1, self.limits.max_waiting // max((len(each.requests) for each in sessions), default=1))
+        for session in itertools.islice(left, size):
+            self._loop.submit(session)
+        try:
+            num_open = len(collectors)
+            while num_open:
+                chunk = told.get()
+                if isinstance(chunk, Exception):
+                    raise chunk
+                if collectors[chunk.request_id].take(chunk):
+                    num_open -= 1
+                    for session in itertools.islice(left, 1):
+                        self._loop.submit(session)
+        except BaseException:
+            for session in sessions:
+                self._loop.abort(session.request_id)
+            raise
+        return [collector.output() for collector in collectors.values()]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        **template_values: Any,
+    ) -> GenerationOutput:
+        """Generates the next message of a conversation under the model's chat template."""
+        return self.generate([self.encode_chat(messages, **template_values)], params)[0]
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[StreamChunk]:
+        """Chunks of text as they come, of all `n` completions, each ending with its `finish_reason`.
+
+        Leaving the iteration aborts the request. `request_id` is the name `abort` knows it by.
+        """
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
+
+        def sink(chunk: StreamChunk | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop, and with it the reader, may be gone
+                loop.call_soon_threadsafe(told.put_nowait, chunk)
+
+        session = self._session(prompt, params, sink, request_id)
+        num_open = len(session.requests)
+        self._loop.submit(session)
+        try:
+            while num_open:
+                chunk = await told.get()
+                if isinstance(chunk, Exception):
+                    num_open = 0
+                    raise chunk
+                num_open -= chunk.finish_reason is not None
+                yield chunk
+        finally:
+            if num_open:
+                self._loop.abort(session.request_id)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request from wherever; its stream ends with reason ABORT."""
+        self._loop.abort(request_id)
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt, checked against the model: RequestError for an empty one, one that the
+        context cannot hold (with both numbers), or ids outside of the vocabulary."""
+        if isinstance(prompt, str):
+            if not prompt:
+                check_prompt((), self.limits)
+            token_ids = self._need_tokenizer("prompt").encode(prompt)
+        else:
+            token_ids = tuple(_as_token_id(token_id) for token_id in prompt)
+        check_prompt(token_ids, self.limits)
+        return token_ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_values: Any) -> tuple[int, ...]:
+        """Token ids of a conversation; the template places the special tokens."""
+        tokenizer = self._need_tokenizer("chat")
+        token_ids = tokenizer.encode(
+            tokenizer.render_chat(messages, **template_values), add_special_tokens=False
+        )
+        check_prompt(token_ids, self.limits)
+        return token_ids
+
+    def close(self) -> None:
+        """Aborts all requests and releases the executor. Idempotent."""
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _session(
+        self, prompt: Prompt, params: SamplingParams | None, sink: Sink, request_id: str | None = None
+    ) -> Session:
+        """A checked session, not yet queued."""
+        params = params or self.default_params()
+        token_ids = self.encode(prompt)
+        if params.stop:
+            self._need_tokenizer("stop")
+        arrival_s = self.engine.now_s()
+        timeout_s = self.engine.config.timeout_s
+        seed = self._draw_seed()
+        max_tokens = params.max_tokens or self.limits.max_model_len - len(token_ids)
+        requests = [
+            Request(
+                request_id=next(self._numbers),
+                prompt_token_ids=token_ids,
+                max_tokens=max_tokens,
+                sampling=params.sampling_state(seed, self.limits.vocab_size, self.eos_token_ids, index),
+                stop_token_ids=frozenset(params.stop_ids(self.eos_token_ids)),
+                arrival_s=arrival_s,
+                deadline_s=None if timeout_s is None else arrival_s + timeout_s,
+                prompt_logprobs=params.prompt_logprobs and index == 0,
+            )
+            for index in range(params.n)
+        ]
+        check_request(requests[0], self.limits, 0)
+        name = request_id if request_id is not None else f"request-{next(self._names)}"
+        return Session(name, requests, params, self.tokenizer, sink, self.engine.now_s)
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(
+                f"request.{what}",
+                f"A {what} in text was given, and this model was loaded without a tokenizer.",
+                "Only token ids can be used.",
+                "Compile the model with its tokenizer, or use token ids.",
+            )
+        return self.tokenizer
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts; one text or one list of ids is a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if items and all(isinstance(item, int) for item in items):
+        return [cast("list[int]", items)]
+    return cast("list[Prompt]", items)
+
+
+def _as_token_id(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(
+            "request.prompt",
+            f"A prompt holds {value!r} where a token id was expected.",
+            "A prompt is a text or a list of whole numbers.",
+            "Send one of these.",
+        )
+    return value

@@ -1,0 +1,82 @@
+"""What a caller gets back: chunks while a text grows, and the whole when it has ended. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .protocol import TokenLogprob
+from .request import FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamChunk:
+    """News of completion number `index` of one request. Text may come later than its tokens, never before.
+    `stop_reason` is the stop string or token id that ended it; `error` is one line for reason ERROR.
+    `num_cached_tokens` of the prompt came from the prefix cache; `time_s` is the engine's clock."""
+
+    request_id: str
+    index: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    time_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One finished continuation. `token_ids` include a stop token; `text` does not."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    error: str | None = None
+    ttft_s: float | None = None
+    e2e_s: float = 0.0
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds per token behind the first; None with fewer than two tokens."""
+        if self.ttft_s is None or len(self.token_ids) < 2:
+            return None
+        return (self.e2e_s - self.ttft_s) / (len(self.token_ids) - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOutput:
+    """All completions of one prompt; the properties are those of the first. `prompt_logprobs` has one
+    entry for each prompt token but the first, when asked for."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.completions[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.completions[0].finish_reason
+
+    @property
+    def ttft_s(self) -> float | None:
+        return self.completions[0].ttft_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        return self.completions[0].tpot_s

@@ -1,0 +1,58 @@
+"""How many KV pages each cache group gets, from a number of bytes. Pure arithmetic; reads no machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..spec.cache import CacheLayout
+from ..spec.errors import TargetError
+from .visibility import most_pages
+
+# Without a stated size the cache takes at most this share of the memory that is available.
+DEFAULT_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheDemand:
+    """What the cache is for: up to `max_requests` sequences of `max_model_len` tokens each, which enter in
+    steps of at most `max_step_tokens` tokens."""
+
+    max_requests: int
+    max_model_len: int
+    max_step_tokens: int
+
+    def pages_per_sequence(self, layout: CacheLayout) -> tuple[int, ...]:
+        """Pages of each group that one longest sequence holds at most."""
+        return tuple(most_pages(group, self.max_model_len, self.max_step_tokens) for group in layout.groups)
+
+
+def num_pages(
+    layout: CacheLayout, demand: CacheDemand, cache_bytes: int, available_bytes: int
+) -> tuple[int, ...]:
+    """Physical pages per group.
+
+    `cache_bytes` are divided so that every group has room for the same number of longest sequences. 0
+    means enough for all requests at full length, at most `DEFAULT_SHARE` of `available_bytes`, and at
+    least one sequence. Raises TargetError when a group would get no page at all.
+    """
+    per_sequence = demand.pages_per_sequence(layout)
+    sequence_bytes = bytes_of(layout, per_sequence)
+    if cache_bytes == 0:
+        most = int(available_bytes * DEFAULT_SHARE)
+        cache_bytes = max(sequence_bytes, min(demand.max_requests * sequence_bytes, most))
+    pages = tuple(count * cache_bytes // sequence_bytes for count in per_sequence)
+    if 0 in pages:
+        raise TargetError(
+            "target.cache_too_small",
+            f"The KV cache of {cache_bytes} bytes is too small.",
+            f"A sequence of {demand.max_model_len} tokens needs {sequence_bytes} bytes, "
+            "and not every cache group gets a page.",
+            f"Give it at least {sequence_bytes} bytes, or lower max_model_len.",
+        )
+    return pages
+
+
+def bytes_of(layout: CacheLayout, pages: Sequence[int]) -> int:
+    """Bytes of `pages[g]` pages in each group g."""
+    return sum(count * group.page_bytes for count, group in zip(pages, layout.groups, strict=True))

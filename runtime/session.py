@@ -1,0 +1,150 @@
+"""One caller's request and its completions: engine outputs in, chunks of text out, stop strings found on the
+way. Knows text and tokens; no threads, no scheduling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .detokenize import Detokenizer
+from .outputs import StreamChunk
+from .params import SamplingParams
+from .request import FinishReason, Request, RequestOutput
+from .stops import StopMatcher
+from .tokenizer import Tokenizer
+
+Sink = Callable[["StreamChunk | Exception"], None]
+
+
+class TextState:
+    """The text of one completion. Stop strings are looked for from `min_tokens` on."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], params: SamplingParams
+    ) -> None:
+        self._detokenizer = (
+            Detokenizer(tokenizer, prompt_ids, params.skip_special_tokens) if tokenizer is not None else None
+        )
+        self._matcher = StopMatcher(params.stop)
+        self._min_tokens = params.min_tokens
+        self._num_tokens = 0
+
+    def push(self, token_id: int) -> tuple[str, str | None]:
+        """(text that may be shown, stop string that was met)."""
+        self._num_tokens += 1
+        if self._detokenizer is None:
+            return "", None
+        text = self._detokenizer.push(token_id)
+        if self._num_tokens < self._min_tokens:
+            return text, None
+        result = self._matcher.push(text)
+        return result.text, result.matched
+
+    def finish(self) -> tuple[str, str | None]:
+        """The rest, when the tokens have ended without a stop string."""
+        if self._detokenizer is None:
+            return "", None
+        result = self._matcher.push(self._detokenizer.finish())
+        return result.text + ("" if result.matched else self._matcher.finish()), result.matched
+
+
+@dataclass(slots=True)
+class _Completion:
+    """One of the `n` engine requests of a session."""
+
+    index: int
+    request: Request
+    text: TextState
+    is_open: bool = True
+
+
+class Session:
+    """Turns what the engine says about a caller's `n` requests into chunks for `sink`.
+
+    Every completion ends exactly once, with a chunk that has a `finish_reason`.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        sink: Sink,
+        clock: Callable[[], float],
+    ) -> None:
+        self.request_id = request_id
+        self.requests = tuple(requests)
+        self._sink = sink
+        self._clock = clock
+        self._completions = {
+            request.request_id: _Completion(
+                index, request, TextState(tokenizer, request.prompt_token_ids, params)
+            )
+            for index, request in enumerate(requests)
+        }
+
+    @property
+    def open_ids(self) -> tuple[int, ...]:
+        """Engine requests that have not ended for the caller."""
+        return tuple(number for number, each in self._completions.items() if each.is_open)
+
+    def take(self, output: RequestOutput) -> bool:
+        """Passes on one engine output. True when the text met a stop string, so that the engine must
+        end the request."""
+        completion = self._completions[output.request_id]
+        if not completion.is_open:
+            return False
+        finished = output.finished
+        text, num_kept, matched = self._read(completion, output)
+        token_ids = output.token_ids[:num_kept]
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = matched
+        if matched is not None:
+            reason = FinishReason.STOP
+        elif finished is not None:
+            reason = finished.reason
+            rest, matched_late = completion.text.finish()
+            text += rest
+            if matched_late is not None:
+                reason, stop_reason = FinishReason.STOP, matched_late
+            elif reason is FinishReason.STOP and token_ids:
+                stop_reason = token_ids[-1]
+        completion.is_open = reason is None
+        if text or token_ids or output.prompt_logprobs or reason is not None:
+            self._sink(
+                StreamChunk(
+                    request_id=self.request_id,
+                    index=completion.index,
+                    text=text,
+                    token_ids=token_ids,
+                    logprobs=output.logprobs[:num_kept],
+                    prompt_logprobs=output.prompt_logprobs,
+                    finish_reason=reason,
+                    stop_reason=stop_reason,
+                    error=finished.error if finished is not None else None,
+                    num_cached_tokens=output.num_cached_tokens,
+                    time_s=self._clock(),
+                )
+            )
+        return matched is not None and finished is None
+
+    def fail(self, error: Exception) -> None:
+        """The engine is gone, or refused the request: the caller gets the error itself."""
+        for completion in self._completions.values():
+            completion.is_open = False
+        self._sink(error)
+
+    def _read(self, completion: _Completion, output: RequestOutput) -> tuple[str, int, str | None]:
+        """(text, tokens that belong to it, stop string) of new tokens; a stop token has no text."""
+        pieces: list[str] = []
+        ends = output.finished is not None and output.finished.reason is FinishReason.STOP
+        for place, token_id in enumerate(output.token_ids):
+            is_last = place + 1 == len(output.token_ids)
+            if ends and is_last and token_id in completion.request.stop_token_ids:
+                break
+            piece, matched = completion.text.push(token_id)
+            pieces.append(piece)
+            if matched is not None:
+                return "".join(pieces), place + 1, matched
+        return "".join(pieces), len(output.token_ids), None
