@@ -26,6 +26,7 @@ from ..memory import available_memory_bytes
 from ..page_budget import CacheDemand, num_pages
 from ..protocol import Drafts, ExecutorCaps, RowDiff, Segment, StepPlan, StepResult, Ticket
 from .reference_model import ReferenceModel
+from .reference_products import Products
 from .reference_rows import Row, SegmentOutput
 
 # Dequantised weights are kept while they take no more than this share of the memory that is available.
@@ -105,14 +106,9 @@ class ReferenceExecutor:
         available = available_memory_bytes()
         pages = num_pages(source.cache, demand, config.cache_bytes, available)
         threads = config.num_threads or os.cpu_count() or 1
-        self._model = ReferenceModel(
-            source.graph,
-            source.weight,
-            source.cache,
-            pages,
-            num_threads=threads,
-            dense_bytes=int(available * _DENSE_SHARE) if dense_bytes is None else dense_bytes,
-        )
+        kept_bytes = int(available * _DENSE_SHARE) if dense_bytes is None else dense_bytes
+        products = Products(threads, kept_bytes)
+        self._model = ReferenceModel(source.graph, source.weight, source.cache, pages, products)
         self._caps = ExecutorCaps(
             name="reference",
             vocab_size=source.spec.vocab_size,

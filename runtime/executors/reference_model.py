@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +21,9 @@ from torch import Tensor, fx
 from ...ir import ops
 from ...ir.interpret import interpret
 from ...ir.paged import PagedSequence, allocate_caches, k_cache_name, slots_name, step_inputs, v_cache_name
-from ...ir.quantized import dequantize_rows
 from ...spec.cache import CacheLayout
-from ...spec.quant import parse_scheme
 from ..protocol import BlockCopy
+from .reference_products import Products
 
 assert ops  # importing it registers the operators
 
@@ -44,9 +42,7 @@ class TileLogits:
 class ReferenceModel:
     """Runs steps of one program over its own caches. Not thread-safe.
 
-    `weight(name)` gives tensors that stay alive as long as the model. Quantised matrices are dequantised
-    once and kept while `dense_bytes` last, which changes no bit of any result, only time: what does
-    not fit is dequantised anew for every tile.
+    `weight(name)` gives tensors that stay alive as long as the model.
     """
 
     def __init__(
@@ -55,16 +51,12 @@ class ReferenceModel:
         weight: Callable[[str], Tensor],
         layout: CacheLayout,
         num_pages: Sequence[int],
-        *,
-        num_threads: int,
-        dense_bytes: int,
+        products: Products,
     ) -> None:
         self._layout = layout
-        self._num_threads = num_threads
         self._weight = weight
         self._caches = allocate_caches(layout, num_pages)
-        self.dense = DenseWeights(dense_bytes)
-        self._whole = _prepared(graph, self.dense, self._threaded)
+        self._whole = products.substitute(graph)
         self._body = without_head(self._whole)
 
     def run(self, sequences: Sequence[PagedSequence]) -> Iterator[TileLogits]:
@@ -94,55 +86,6 @@ class ReferenceModel:
             yield
         finally:
             torch.set_num_threads(before)
-
-    def _threaded(self, operator: Callable[..., Any]) -> Callable[..., Any]:
-        """`operator` with the model's threads: for products of fixed shape, whose rows do not depend on
-        where a thread's part ends."""
-
-        def call(*args: Any) -> Any:
-            torch.set_num_threads(self._num_threads)
-            try:
-                return operator(*args)
-            finally:
-                torch.set_num_threads(1)
-
-        return call
-
-
-class DenseWeights:
-    """Dequantised matrices, kept while their budget lasts."""
-
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget_bytes = budget_bytes
-        self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
-        self.used_bytes = 0
-
-    def linear(
-        self, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, scheme: str
-    ) -> Tensor:
-        """`llmc.quantized_linear`: the same values through the same product."""
-        key = (codes.data_ptr(), x.dtype)
-        weight = self._kept.get(key)
-        if weight is None:
-            weight = dequantize_rows(codes, scales, zeros, parse_scheme(scheme), x.shape[-1]).to(x.dtype)
-            if self.used_bytes + weight.nbytes <= self._budget_bytes:
-                self._kept[key] = weight
-                self.used_bytes += weight.nbytes
-        return torch.ops.llmc.linear.default(x, weight, bias)
-
-
-def _prepared(
-    graph: fx.Graph, dense: DenseWeights, threaded: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> fx.Graph:
-    """A copy of `graph` whose products run threaded and over kept dense weights."""
-    linear, quantized = torch.ops.llmc.linear.default, torch.ops.llmc.quantized_linear.default
-    products = {linear: threaded(linear), quantized: threaded(dense.linear)}
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    for node in copy.nodes:
-        if node.target in products:
-            node.target = products[node.target]
-    return copy
 
 
 def without_head(graph: fx.Graph) -> fx.Graph:

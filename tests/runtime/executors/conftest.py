@@ -202,7 +202,9 @@ class Builder:
                 x = self.call(aten.add.Tensor, x, self.gate(x, layer))
             normed = self.norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")
             x = self.call(aten.add.Tensor, x, self.feed_forward(normed, layer))
-        x = self.call(llmc_ops.gather_rows.default, self.norm(x, "model.norm.weight"), self.inputs["out_rows"])
+        x = self.call(
+            llmc_ops.gather_rows.default, self.norm(x, "model.norm.weight"), self.inputs["out_rows"]
+        )
         head = table if s.tied else self.weight("lm_head.weight", s.vocab, s.hidden)
         self.graph.output(self.call(llmc_ops.linear.default, x, head, None))
         count = sum(torch.Size(expr.shape).numel() for expr in self.entries.values())
