@@ -12,7 +12,7 @@ def available_memory_bytes() -> int:
     group = Path("/sys/fs/cgroup")
     limit, used = _number(group / "memory.max"), _number(group / "memory.current")
     if limit is not None and used is not None:
-        available = min(available, max(0, limit - used))
+        available = min(available, max(0, limit - used + _file_cache(group / "memory.stat")))
     return available
 
 
@@ -31,3 +31,12 @@ def _number(path: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def _file_cache(path: Path) -> int:
+    """Bytes of file cache that the control group is charged for and gives up when asked."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
