@@ -31,11 +31,15 @@ def argument(node: fx.Node, name: str) -> Any:
     raise KeyError(f"{node.target} has no argument {name!r}")
 
 
+def argument_names(node: fx.Node) -> list[str]:
+    """The names of an operator's arguments, in order."""
+    assert isinstance(node.target, OpOverload)
+    return [entry.name for entry in node.target._schema.arguments]  # pyright: ignore[reportPrivateUsage]
+
+
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
     """Replace the positional argument `name` of an operator call."""
-    assert isinstance(node.target, OpOverload)
-    names = [entry.name for entry in node.target._schema.arguments]  # pyright: ignore[reportPrivateUsage]
-    node.update_arg(names.index(name), value)
+    node.update_arg(argument_names(node).index(name), value)
 
 
 def is_weight(node: Any) -> bool:

@@ -14,6 +14,7 @@ from llmc.ir.infer import infer
 from llmc.ir.program import TRACE_INPUTS, Program
 from llmc.ir.verify import verify
 from llmc.ir.weights import Constant, WeightStore
+from llmc.passes.rewrite import insert
 from llmc.spec.model import AttentionSpec, ModelSpec
 
 assert ops, "importing it registers the operators"
@@ -67,7 +68,7 @@ class _Builder:
         return self.readers[name]
 
     def call(self, operator, *args) -> fx.Node:
-        return self.graph.call_function(operator, args)
+        return insert(self.graph, operator, args)
 
     def linear(self, x: fx.Node, name: str, out: int, width: int, bias: bool = False) -> fx.Node:
         weight = self.weight(f"{name}.weight", out, width)
