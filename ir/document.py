@@ -50,6 +50,8 @@ def decode_program(data: bytes) -> ProgramDocument:
         document = msgspec.json.decode(data, type=_Document)
         graph = graph_from_data(document.nodes)
         graph.lint()
+        if [node.op for node in graph.nodes].count("output") != 1:
+            raise ValueError("it has no single result")
     except (
         msgspec.MsgspecError,
         UnicodeDecodeError,

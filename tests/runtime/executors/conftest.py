@@ -86,7 +86,7 @@ def spec_of(shape: Shape, num_parameters: int) -> ModelSpec:
 
 
 class Builder:
-    """Builds the graph; weights come from `stored` (names of the Llama architecture) or a seeded generator."""
+    """Builds the graph; weights come from `stored` (names of the Llama architecture) or a generator."""
 
     def __init__(self, shape: Shape, stored=None, seed=0):
         self.shape, self.stored = shape, stored
