@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from ..spec.errors import ArtifactError, RequestError
 from .chat import ChatTemplate
@@ -47,8 +46,8 @@ class GenerationDefaults:
 class Tokenizer:
     """Text to token ids and back, as Hugging Face's fast tokenizer does it.
 
-    Whether a beginning-of-text token is added is decided by the post-processor of `tokenizer.json`,
-    unless `tokenizer_config.json` states `add_bos_token` or `add_eos_token`, which replace it.
+    Whether a beginning-of-text token is added is decided by the post-processor of `tokenizer.json` alone:
+    where that file exists, Hugging Face does not look at `add_bos_token` of `tokenizer_config.json` either.
     """
 
     def __init__(
@@ -86,7 +85,6 @@ class Tokenizer:
             raise _unreadable(path, error) from error
         config = _read_json(folder / "tokenizer_config.json")
         special = _special_tokens(_read_json(folder / "special_tokens_map.json"), config)
-        _apply_bos_eos(backend, config, special)
         source = _chat_source(folder, config)
         return cls(
             backend,
@@ -177,23 +175,6 @@ def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
             if isinstance(value, str):
                 found[role] = value
     return found
-
-
-def _apply_bos_eos(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]
-) -> None:
-    """Replaces the post-processor where the configuration says which ends are added."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    before = [special["bos_token"]] if config.get("add_bos_token") and "bos_token" in special else []
-    after = [special["eos_token"]] if config.get("add_eos_token") and "eos_token" in special else []
-    if any(backend.token_to_id(token) is None for token in (*before, *after)):
-        return
-    backend.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-        single=[*before, "$A", *after],
-        pair=[*before, "$A", *after, *before, "$B:1", *after],
-        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys((*before, *after))],
-    )
 
 
 def _chat_source(folder: Path, config: Mapping[str, Any]) -> str | None:
