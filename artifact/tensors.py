@@ -173,7 +173,8 @@ def _view(path: Path, name: str, entry: _Entry, data: NDArray[np.uint8]) -> Tens
         raise _unreadable(path, f"tensor {name!r} has the unknown dtype {entry.dtype!r}")
     start, stop = entry.data_offsets
     spec = TensorSpec(name, dtype, entry.shape)
-    if not 0 <= start <= stop <= len(data) or stop - start != spec.size_bytes:
+    is_inside = 0 <= start <= stop <= len(data) and all(size >= 0 for size in entry.shape)
+    if not is_inside or stop - start != spec.size_bytes:
         raise _unreadable(path, f"tensor {name!r} does not lie within the file")
     values = data[start:stop].view(_DTYPES[dtype][1]).reshape(entry.shape)
     return TensorView(name, dtype, entry.shape, cast("NDArray[Any]", values))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 
 from llmc.artifact.schema import Manifest, Provenance, Recipe, RecipeStep
 from llmc.artifact.tensors import TensorSpec
@@ -79,3 +82,15 @@ def make_artifact(path, seed=0, **options):
 
 def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def artifacts():
+    """The functions above, by name."""
+    return SimpleNamespace(make=make_artifact, manifest=make_manifest, fill=fill, contents=contents)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A small artifact at `tmp_path / "made.llmc"`."""
+    return make_artifact(tmp_path / "made.llmc")
