@@ -34,7 +34,7 @@ def make_oracle(artifact: Artifact, encode: Callable[[str], Sequence[int]] | Non
     `encode` is its tokenizer; without one (None) the prompts are random ids. Every quantised matrix is
     dequantised as it is needed, so that memory stays at one matrix beyond the mapped weights.
     """
-    from ..runtime.executors.reference import ReferenceExecutor, source_of_artifact
+    from ..runtime.executors.reference import make_executor, source_of_artifact
 
     spec, layout = artifact.manifest.spec, artifact.manifest.cache
     prompts = oracle_prompts(encode, spec.vocab_size)
@@ -43,7 +43,7 @@ def make_oracle(artifact: Artifact, encode: Callable[[str], Sequence[int]] | Non
         max_step_tokens=len(prompts) * _PROMPT_TOKENS,
         max_model_len=min(_PAGES_FOR_TOKENS, spec.max_context),
     )
-    executor = ReferenceExecutor(source_of_artifact(artifact), config, dense_bytes=0)
+    executor = make_executor(source_of_artifact(artifact), config, dense_bytes=0)
     try:
         measured = measure_prompts(executor, prompts)
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -96,7 +97,20 @@ class PagedSequence:
     wanted: Sequence[int] = ()
 
 
-def step_inputs(layout: CacheLayout, sequences: Sequence[PagedSequence]) -> dict[str, Tensor]:
+class SequenceLike(Protocol):
+    """What `PagedSequence` has, by whoever holds it."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def block_tables(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def wanted(self) -> Sequence[int]: ...
+
+
+def step_inputs(layout: CacheLayout, sequences: Sequence[SequenceLike]) -> dict[str, Tensor]:
     """The inputs of one step over `sequences`, by name, all but the caches.
 
     Rows of a sequence are contiguous, in the order given; logits come back in the order of `sequences` and
@@ -126,7 +140,7 @@ def step_inputs(layout: CacheLayout, sequences: Sequence[PagedSequence]) -> dict
     return inputs
 
 
-def _positions(sequence: PagedSequence) -> range:
+def _positions(sequence: SequenceLike) -> range:
     return range(sequence.start, sequence.start + len(sequence.token_ids))
 
 

@@ -11,32 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from ...ir import ops
 from ...ir.interpret import interpret
-from ...ir.paged import PagedSequence, allocate_caches, k_cache_name, slots_name, step_inputs, v_cache_name
+from ...ir.paged import allocate_caches, k_cache_name, slots_name, step_inputs, v_cache_name
 from ...spec.cache import CacheLayout
 from ..protocol import BlockCopy
 from .reference_products import Products
+from .tiles import SequencePart, TileLogits, split_tiles
 
 assert ops  # importing it registers the operators
 
 TILE = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TileLogits:
-    """Logits `[n, vocab]` of one tile, float32: row i belongs to `owners[i]` = (sequence of the step, token
-    of that sequence's part in the step)."""
-
-    owners: tuple[tuple[int, int], ...]
-    logits: NDArray[np.float32]
 
 
 class ReferenceModel:
@@ -59,7 +48,7 @@ class ReferenceModel:
         self._whole = products.substitute(graph)
         self._body = without_head(self._whole)
 
-    def run(self, sequences: Sequence[PagedSequence]) -> Iterator[TileLogits]:
+    def run(self, sequences: Sequence[SequencePart]) -> Iterator[TileLogits]:
         """Runs one step tile by tile, in order, writing K and V of every token; yields the logits that
         `wanted` of each sequence asks for as they come."""
         for tile in split_tiles(sequences, TILE):
@@ -70,6 +59,9 @@ class ReferenceModel:
                 logits = interpret(self._whole if owners else self._body, inputs, self._weight)
             if owners:
                 yield TileLogits(owners=owners, logits=logits[: len(owners)].float().numpy())
+
+    def close(self) -> None:
+        """Nothing is held that outlives the model."""
 
     def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
         """Copies physical pages within their groups, in order."""
@@ -101,32 +93,6 @@ def without_head(graph: fx.Graph) -> fx.Graph:
             copies[node] = body.node_copy(node, copies.__getitem__)
     body.output(())
     return body
-
-
-def split_tiles(sequences: Sequence[PagedSequence], size: int) -> list[list[tuple[int, int, PagedSequence]]]:
-    """Cuts a step into tiles of at most `size` tokens, in order.
-
-    Each entry is (index of the sequence, tokens of it that lie in earlier tiles, its part in this tile).
-    """
-    tiles: list[list[tuple[int, int, PagedSequence]]] = [[]]
-    free = size
-    for index, sequence in enumerate(sequences):
-        offset = 0
-        while offset < len(sequence.token_ids):
-            if free == 0:
-                tiles.append([])
-                free = size
-            count = min(free, len(sequence.token_ids) - offset)
-            part = replace(
-                sequence,
-                start=sequence.start + offset,
-                token_ids=sequence.token_ids[offset : offset + count],
-                wanted=[token - offset for token in sequence.wanted if offset <= token < offset + count],
-            )
-            tiles[-1].append((index, offset, part))
-            offset += count
-            free -= count
-    return tiles
 
 
 def _padded(inputs: dict[str, Tensor], num_groups: int) -> dict[str, Tensor]:

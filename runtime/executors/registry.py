@@ -12,7 +12,7 @@ from ..config import RuntimeConfig
 from ..protocol import Executor
 
 # Target kind -> module with a function `open_executor(artifact, config) -> Executor`.
-_EXECUTORS = {"reference": ".reference"}
+_EXECUTORS = {"cpu": ".cpu", "reference": ".reference"}
 
 
 def open_executor(artifact: Artifact, config: RuntimeConfig) -> Executor:

@@ -9,7 +9,7 @@ import torch
 
 from llmc.runtime.config import RuntimeConfig
 from llmc.runtime.engine import Engine
-from llmc.runtime.executors.reference import ReferenceExecutor, source_of_program
+from llmc.runtime.executors.reference import make_executor, source_of_program
 from llmc.runtime.protocol import SamplingState
 
 SHAPES = {
@@ -50,7 +50,7 @@ def requests_for(request_of, vocab, seed=0, count=7):
 def tokens_of(source, requests, drained, **fields):
     """Output tokens by request, and the engine that made them."""
     config = RuntimeConfig(num_threads=2, **fields)
-    engine = Engine(ReferenceExecutor(source, config), config)
+    engine = Engine(make_executor(source, config), config)
     for request in requests:
         engine.add_request(request)
     ended = drained(engine)

@@ -1,0 +1,83 @@
+"""The CPU executor: an artifact's generated code, chosen by what the processor offers. No torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+
+from ...artifact.cpu import CPU_UNIT, CpuUnit, decode_unit, library_path
+from ...artifact.reader import Artifact
+from ...spec.errors import TargetError
+from ..config import RuntimeConfig
+from ..memory import available_memory_bytes
+from ..page_budget import CacheDemand, num_pages
+from ..protocol import ExecutorCaps
+from .cpu_model import CpuModel
+from .stepped import SteppedExecutor
+
+
+def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
+    """The executor of an artifact of target kind `cpu`; its weights stay mapped files.
+
+    Raises TargetError when no stored library runs on this processor.
+    """
+    unit = decode_unit(artifact.read_bytes(CPU_UNIT))
+    level = choose_level(unit, processor_features())
+    spec, layout = artifact.manifest.spec, artifact.manifest.cache
+    max_model_len = min(config.max_model_len or spec.max_context, spec.max_context)
+    max_step_tokens = min(config.max_step_tokens, unit.max_tokens)
+    demand = CacheDemand(
+        max_requests=config.max_requests, max_model_len=max_model_len, max_step_tokens=max_step_tokens
+    )
+    pages = num_pages(layout, demand, config.cache_bytes, available_memory_bytes())
+    threads = min(config.num_threads or len(os.sched_getaffinity(0)), unit.max_threads)
+    stored = artifact.weights()
+    model = CpuModel(
+        artifact.path / library_path(level),
+        unit,
+        [np.ascontiguousarray(stored[name].data) for name in unit.weights],
+        layout,
+        pages,
+        spec.vocab_size,
+        threads,
+    )
+    caps = ExecutorCaps(
+        name="cpu",
+        vocab_size=spec.vocab_size,
+        max_context=spec.max_context,
+        max_rows=config.max_requests,
+        max_tokens=max_step_tokens,
+        max_in_flight=1,
+        cache=layout,
+        num_blocks=pages,
+        details={"level": level, "threads": str(threads)},
+    )
+    return SteppedExecutor(model, caps)
+
+
+def choose_level(unit: CpuUnit, features: frozenset[str]) -> str:
+    """The best stored level whose needs `features` meet. Raises TargetError naming what is missing."""
+    for level in unit.levels:
+        if features.issuperset(level.features):
+            return level.name
+    last = unit.levels[-1]
+    missing = sorted(set(last.features) - features)
+    raise TargetError(
+        "cpu.no_level",
+        "No library of this artifact runs on this processor.",
+        f"Even level {last.name!r} needs {', '.join(missing)}.",
+        "Compile the model on this machine.",
+    )
+
+
+def processor_features(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The words of the processor's feature list; empty where the system tells none."""
+    if not path.exists() or platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    for line in path.read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()

@@ -1,0 +1,143 @@
+"""Generated code with its weights and caches: runs steps. Knows arrays and pages; no requests, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifact.cpu import CpuUnit
+from ...spec.cache import CacheGroup, CacheLayout
+from ...spec.errors import InternalError
+from ..protocol import BlockCopy
+from .cpu_library import CpuLibrary, StepArrays, aligned_empty
+from .tiles import SequencePart, TileLogits, split_tiles
+
+_CACHE_DTYPES = {"float32": np.float32, "bfloat16": np.uint16}
+
+
+class CpuModel:
+    """One program's generated code over its own caches. Not thread-safe.
+
+    `weights` are in the order of the unit's slots and stay mapped.
+    """
+
+    def __init__(
+        self,
+        library: Path,
+        unit: CpuUnit,
+        weights: list[NDArray[Any]],
+        layout: CacheLayout,
+        num_pages: tuple[int, ...],
+        vocab_size: int,
+        num_threads: int,
+    ) -> None:
+        self._layout = layout
+        self._unit = unit
+        self._caches = _allocate(layout, num_pages)
+        self._logits = np.empty((unit.max_logit_rows, vocab_size), dtype=np.float32)
+        self._library = CpuLibrary(
+            library,
+            num_threads=num_threads,
+            caches=[self._caches[layer] for layer in sorted(self._caches)],
+            num_pages=num_pages,
+            weights=weights,
+            arena=aligned_empty(unit.arena_bytes),
+        )
+
+    def run(self, sequences: Sequence[SequencePart]) -> Iterator[TileLogits]:
+        """Run one step, in as few calls as its bounds allow, writing K and V of every token; yields the
+        logits that `wanted` of each sequence asks for as they come."""
+        num_wanted = sum(len(sequence.wanted) for sequence in sequences)
+        size = self._unit.max_tokens if num_wanted <= self._unit.max_logit_rows else self._unit.max_logit_rows
+        for tile in split_tiles(sequences, size):
+            parts = [part for _, _, part in tile]
+            owners = tuple((index, offset + token) for index, offset, part in tile for token in part.wanted)
+            logits = self._logits[: len(owners)]
+            self._library.step(step_arrays(self._layout, parts, logits))
+            if owners:
+                yield TileLogits(owners=owners, logits=logits)
+
+    def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy physical pages within their groups, in order."""
+        for copy in copies:
+            for layer in self._layout.groups[copy.group].layers:
+                for cache in self._caches[layer]:
+                    cache[copy.target] = cache[copy.source]
+
+    def close(self) -> None:
+        """End the threads of the generated code. Idempotent."""
+        self._library.close()
+
+
+def step_arrays(
+    layout: CacheLayout, sequences: Sequence[SequencePart], logits: NDArray[np.float32]
+) -> StepArrays:
+    """The inputs of one step: rows of a sequence are contiguous, in the order given."""
+    starts = [0, *accumulate(len(sequence.token_ids) for sequence in sequences)]
+    positions = np.concatenate(
+        [np.arange(sequence.start, sequence.start + len(sequence.token_ids)) for sequence in sequences]
+    )
+    rows = [
+        first + row for first, sequence in zip(starts, sequences, strict=False) for row in sequence.wanted
+    ]
+    tables = [
+        _padded([sequence.block_tables[index] for sequence in sequences])
+        for index in range(len(layout.groups))
+    ]
+    owner = np.repeat(np.arange(len(sequences)), np.diff(starts))
+    return StepArrays(
+        input_ids=np.fromiter((t for s in sequences for t in s.token_ids), np.int64, starts[-1]),
+        positions=positions.astype(np.int64),
+        out_rows=np.asarray(rows, dtype=np.int64),
+        query_starts=np.asarray(starts, dtype=np.int64),
+        block_tables=tuple(tables),
+        slots=tuple(
+            _slots(group, table, positions, owner) for group, table in zip(layout.groups, tables, strict=True)
+        ),
+        logits=logits,
+    )
+
+
+def _slots(
+    group: CacheGroup, table: NDArray[np.int64], positions: NDArray[np.int64], owner: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    index = positions // group.page_tokens
+    if index.size and int(index.max()) >= table.shape[1]:
+        raise _no_page(int(positions[index.argmax()]))
+    pages = table[owner, index]
+    if np.any(pages < 0):
+        raise _no_page(int(positions[int(np.argmin(pages))]))
+    return np.ascontiguousarray(pages * group.page_tokens + positions % group.page_tokens)
+
+
+def _no_page(position: int) -> InternalError:
+    return InternalError(
+        "runtime.no_page",
+        f"The token at position {position} has no page in its block table.",
+        "Pages of every token of a step must be reserved before it runs.",
+        "Report this with the request mix that led to it.",
+    )
+
+
+def _padded(tables: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    width = max((len(table) for table in tables), default=0)
+    padded = np.full((len(tables), max(width, 1)), -1, dtype=np.int64)
+    for row, table in enumerate(tables):
+        padded[row, : len(table)] = table
+    return padded
+
+
+def _allocate(layout: CacheLayout, num_pages: Sequence[int]) -> dict[int, tuple[NDArray[Any], NDArray[Any]]]:
+    caches: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
+    for group, pages in zip(layout.groups, num_pages, strict=True):
+        dtype = _CACHE_DTYPES[group.dtype]
+        shape = (pages, group.page_tokens, group.num_kv_heads)
+        for layer in group.layers:
+            k, v = np.zeros((*shape, group.k_dim), dtype), np.zeros((*shape, group.v_dim), dtype)
+            caches[layer] = (k, v)
+    return caches
