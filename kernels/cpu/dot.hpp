@@ -1,0 +1,46 @@
+// The integer product of one tile (32 weight rows) with a few rows of activations, at this level.
+// Sums inside a unit are exact int32; units are then added in ascending order,
+//   acc = fma(float(sum), weight_scale * activation_scale, acc),
+// so that every form below, and any number of rows, gives the same bits.
+#pragma once
+
+#include "quantize.hpp"
+
+LLMC_BEGIN
+
+// Most rows that one call of `tile_dot` takes.
+template <class S>
+constexpr int kDotRows = (LLMC_AVX512 ? 8 : 4) / S::Limbs;
+
+// Where the limbs, sums and scales of M rows start.
+template <class S, int M>
+struct RowPointers {
+  const int8_t* codes[M * S::Limbs];
+  const int32_t* sums[M * S::Limbs];
+  const float* scales[M];
+};
+
+// Rows first ... first + M - 1 of `x`, or of x[index[...]] where `index` is given.
+template <class S, int M>
+LLMC_INLINE RowPointers<S, M> row_pointers(const QuantRows& x, const int32_t* index, int64_t first) {
+  RowPointers<S, M> out;
+  for (int m = 0; m < M; ++m) {
+    const int64_t row = index ? index[first + m] : first + m;
+    for (int limb = 0; limb < S::Limbs; ++limb) {
+      out.codes[m * S::Limbs + limb] = x.codes + (row * S::Limbs + limb) * x.code_stride;
+      out.sums[m * S::Limbs + limb] = x.sums + (row * S::Limbs + limb) * x.unit_stride;
+    }
+    out.scales[m] = x.scales + row * x.unit_stride;
+  }
+  return out;
+}
+
+LLMC_END
+
+#if LLMC_AVX512
+#include "dot_avx512.hpp"
+#elif LLMC_AVX2
+#include "dot_avx2.hpp"
+#else
+#include "dot_generic.hpp"
+#endif

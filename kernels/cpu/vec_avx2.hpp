@@ -1,0 +1,128 @@
+// Sixteen lanes as two AVX2 registers. Same names and same bits as vec_avx512.hpp and vec_generic.hpp.
+#pragma once
+
+#include "number.hpp"
+
+LLMC_BEGIN
+
+struct I16 { __m256i a, b; };
+struct F16 { __m256 a, b; };
+struct M16 { __m256i a, b; };
+
+LLMC_INLINE I16 lane_index() {
+  return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)};
+}
+LLMC_INLINE M16 first_lanes(int count) {
+  const __m256i n = _mm256_set1_epi32(count);
+  return {_mm256_cmpgt_epi32(n, lane_index().a), _mm256_cmpgt_epi32(n, lane_index().b)};
+}
+
+LLMC_INLINE F16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+LLMC_INLINE I16 set1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+LLMC_INLINE F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+LLMC_INLINE I16 load(const int32_t* p) {
+  const __m256i* q = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+LLMC_INLINE F16 load(const bf16* p) {
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  const __m256i low = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16);
+  const __m256i high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1)), 16);
+  return {_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)};
+}
+LLMC_INLINE F16 load(const f16* p) {
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+LLMC_INLINE I16 load(const uint8_t* p) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
+}
+LLMC_INLINE I16 load(const int8_t* p) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))};
+}
+LLMC_INLINE F16 load_first(const float* p, int count) {
+  const M16 m = first_lanes(count);
+  return {_mm256_maskload_ps(p, m.a), _mm256_maskload_ps(p + 8, m.b)};
+}
+LLMC_INLINE void store(float* p, F16 x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+LLMC_INLINE void store(int32_t* p, I16 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + 1, x.b);
+}
+LLMC_INLINE void store_first(float* p, F16 x, int count) {
+  const M16 m = first_lanes(count);
+  _mm256_maskstore_ps(p, m.a, x.a);
+  _mm256_maskstore_ps(p + 8, m.b, x.b);
+}
+LLMC_INLINE __m256i low16_of(I16 x) {
+  const __m256i mask = _mm256_set1_epi32(0xffff);
+  const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask));
+  return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+LLMC_INLINE void store_low16(void* p, I16 x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), low16_of(x));
+}
+LLMC_INLINE void store_low8(void* p, I16 x) {
+  const __m256i bytes = _mm256_and_si256(low16_of(x), _mm256_set1_epi16(0xff));
+  const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi16(low, high));
+}
+
+#define LLMC_PAIR(x, y, op) {op((x).a, (y).a), op((x).b, (y).b)}
+LLMC_INLINE F16 operator+(F16 x, F16 y) { return LLMC_PAIR(x, y, _mm256_add_ps); }
+LLMC_INLINE F16 operator-(F16 x, F16 y) { return LLMC_PAIR(x, y, _mm256_sub_ps); }
+LLMC_INLINE F16 operator*(F16 x, F16 y) { return LLMC_PAIR(x, y, _mm256_mul_ps); }
+LLMC_INLINE F16 operator/(F16 x, F16 y) { return LLMC_PAIR(x, y, _mm256_div_ps); }
+LLMC_INLINE F16 fma(F16 x, F16 y, F16 z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+LLMC_INLINE F16 max(F16 x, F16 y) { return LLMC_PAIR(x, y, _mm256_max_ps); }
+LLMC_INLINE F16 min(F16 x, F16 y) { return LLMC_PAIR(x, y, _mm256_min_ps); }
+
+LLMC_INLINE I16 operator+(I16 x, I16 y) { return LLMC_PAIR(x, y, _mm256_add_epi32); }
+LLMC_INLINE I16 operator-(I16 x, I16 y) { return LLMC_PAIR(x, y, _mm256_sub_epi32); }
+LLMC_INLINE I16 operator*(I16 x, I16 y) { return LLMC_PAIR(x, y, _mm256_mullo_epi32); }
+LLMC_INLINE I16 operator&(I16 x, I16 y) { return LLMC_PAIR(x, y, _mm256_and_si256); }
+LLMC_INLINE I16 operator|(I16 x, I16 y) { return LLMC_PAIR(x, y, _mm256_or_si256); }
+LLMC_INLINE I16 max(I16 x, I16 y) { return LLMC_PAIR(x, y, _mm256_max_epi32); }
+#undef LLMC_PAIR
+template <int N> LLMC_INLINE I16 shift_left(I16 x) {
+  return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)};
+}
+template <int N> LLMC_INLINE I16 shift_right(I16 x) {
+  return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)};
+}
+template <int N> LLMC_INLINE I16 shift_right_signed(I16 x) {
+  return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)};
+}
+
+LLMC_INLINE F16 as_float(I16 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+LLMC_INLINE I16 as_int(F16 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+LLMC_INLINE F16 to_float(I16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+
+LLMC_INLINE M16 less(F16 x, F16 y) {
+  return {_mm256_castps_si256(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
+          _mm256_castps_si256(_mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
+}
+LLMC_INLINE M16 is_nan(F16 x) {
+  return {_mm256_castps_si256(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q)),
+          _mm256_castps_si256(_mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q))};
+}
+LLMC_INLINE M16 less(I16 x, I16 y) {
+  return {_mm256_cmpgt_epi32(y.a, x.a), _mm256_cmpgt_epi32(y.b, x.b)};
+}
+LLMC_INLINE bool any(M16 m) { return _mm256_movemask_epi8(_mm256_or_si256(m.a, m.b)) != 0; }
+LLMC_INLINE F16 select(M16 m, F16 yes, F16 no) {
+  return {_mm256_blendv_ps(no.a, yes.a, _mm256_castsi256_ps(m.a)),
+          _mm256_blendv_ps(no.b, yes.b, _mm256_castsi256_ps(m.b))};
+}
+LLMC_INLINE I16 select(M16 m, I16 yes, I16 no) {
+  return {_mm256_blendv_epi8(no.a, yes.a, m.a), _mm256_blendv_epi8(no.b, yes.b, m.b)};
+}
+
+LLMC_END

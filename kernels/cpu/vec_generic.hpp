@@ -1,0 +1,78 @@
+// Sixteen lanes as an array, in standard C++: the form for any machine, and the meaning of the others.
+#pragma once
+
+#include "number.hpp"
+
+LLMC_BEGIN
+
+struct I16 { int32_t v[16]; };
+struct F16 { float v[16]; };
+struct M16 { int32_t v[16]; };  // all bits set, or none
+
+#define LLMC_LANES(expression)                        \
+  do {                                                \
+    for (int i = 0; i < 16; ++i) out.v[i] = expression; \
+    return out;                                       \
+  } while (0)
+
+LLMC_INLINE int32_t wrap(uint32_t x) { return static_cast<int32_t>(x); }
+LLMC_INLINE uint32_t raw(int32_t x) { return static_cast<uint32_t>(x); }
+
+LLMC_INLINE F16 set1(float x) { F16 out; LLMC_LANES(x); }
+LLMC_INLINE I16 set1(int32_t x) { I16 out; LLMC_LANES(x); }
+LLMC_INLINE F16 load(const float* p) { F16 out; LLMC_LANES(p[i]); }
+LLMC_INLINE I16 load(const int32_t* p) { I16 out; LLMC_LANES(p[i]); }
+LLMC_INLINE F16 load(const bf16* p) { F16 out; LLMC_LANES(to_float(p[i])); }
+LLMC_INLINE F16 load(const f16* p) { F16 out; LLMC_LANES(to_float(p[i])); }
+LLMC_INLINE I16 load(const uint8_t* p) { I16 out; LLMC_LANES(p[i]); }
+LLMC_INLINE I16 load(const int8_t* p) { I16 out; LLMC_LANES(p[i]); }
+LLMC_INLINE F16 load_first(const float* p, int count) { F16 out; LLMC_LANES(i < count ? p[i] : 0.0f); }
+LLMC_INLINE void store(float* p, F16 a) { std::memcpy(p, a.v, sizeof a.v); }
+LLMC_INLINE void store(int32_t* p, I16 a) { std::memcpy(p, a.v, sizeof a.v); }
+LLMC_INLINE void store_first(float* p, F16 a, int count) {
+  for (int i = 0; i < (count < 16 ? count : 16); ++i) p[i] = a.v[i];
+}
+LLMC_INLINE void store_low8(void* p, I16 a) {
+  for (int i = 0; i < 16; ++i) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(a.v[i]);
+}
+LLMC_INLINE void store_low16(void* p, I16 a) {
+  uint16_t half[16];
+  for (int i = 0; i < 16; ++i) half[i] = static_cast<uint16_t>(a.v[i]);
+  std::memcpy(p, half, sizeof half);
+}
+
+LLMC_INLINE F16 operator+(F16 a, F16 b) { F16 out; LLMC_LANES(a.v[i] + b.v[i]); }
+LLMC_INLINE F16 operator-(F16 a, F16 b) { F16 out; LLMC_LANES(a.v[i] - b.v[i]); }
+LLMC_INLINE F16 operator*(F16 a, F16 b) { F16 out; LLMC_LANES(a.v[i] * b.v[i]); }
+LLMC_INLINE F16 operator/(F16 a, F16 b) { F16 out; LLMC_LANES(a.v[i] / b.v[i]); }
+LLMC_INLINE F16 fma(F16 a, F16 b, F16 c) { F16 out; LLMC_LANES(fma1(a.v[i], b.v[i], c.v[i])); }
+LLMC_INLINE F16 max(F16 a, F16 b) { F16 out; LLMC_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+LLMC_INLINE F16 min(F16 a, F16 b) { F16 out; LLMC_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+
+LLMC_INLINE I16 operator+(I16 a, I16 b) { I16 out; LLMC_LANES(wrap(raw(a.v[i]) + raw(b.v[i]))); }
+LLMC_INLINE I16 operator-(I16 a, I16 b) { I16 out; LLMC_LANES(wrap(raw(a.v[i]) - raw(b.v[i]))); }
+LLMC_INLINE I16 operator*(I16 a, I16 b) { I16 out; LLMC_LANES(wrap(raw(a.v[i]) * raw(b.v[i]))); }
+LLMC_INLINE I16 operator&(I16 a, I16 b) { I16 out; LLMC_LANES(a.v[i] & b.v[i]); }
+LLMC_INLINE I16 operator|(I16 a, I16 b) { I16 out; LLMC_LANES(a.v[i] | b.v[i]); }
+LLMC_INLINE I16 max(I16 a, I16 b) { I16 out; LLMC_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+template <int N> LLMC_INLINE I16 shift_left(I16 a) { I16 out; LLMC_LANES(wrap(raw(a.v[i]) << N)); }
+template <int N> LLMC_INLINE I16 shift_right(I16 a) { I16 out; LLMC_LANES(wrap(raw(a.v[i]) >> N)); }
+template <int N> LLMC_INLINE I16 shift_right_signed(I16 a) { I16 out; LLMC_LANES(a.v[i] >> N); }
+
+LLMC_INLINE F16 as_float(I16 a) { F16 out; LLMC_LANES(float_of(raw(a.v[i]))); }
+LLMC_INLINE I16 as_int(F16 a) { I16 out; LLMC_LANES(wrap(bits_of(a.v[i]))); }
+LLMC_INLINE F16 to_float(I16 a) { F16 out; LLMC_LANES(static_cast<float>(a.v[i])); }
+
+LLMC_INLINE M16 less(F16 a, F16 b) { M16 out; LLMC_LANES(-static_cast<int32_t>(a.v[i] < b.v[i])); }
+LLMC_INLINE M16 is_nan(F16 a) { M16 out; LLMC_LANES(-static_cast<int32_t>(a.v[i] != a.v[i])); }
+LLMC_INLINE M16 less(I16 a, I16 b) { M16 out; LLMC_LANES(-static_cast<int32_t>(a.v[i] < b.v[i])); }
+LLMC_INLINE bool any(M16 m) {
+  int32_t all = 0;
+  for (int i = 0; i < 16; ++i) all |= m.v[i];
+  return all != 0;
+}
+LLMC_INLINE F16 select(M16 m, F16 yes, F16 no) { F16 out; LLMC_LANES(m.v[i] ? yes.v[i] : no.v[i]); }
+LLMC_INLINE I16 select(M16 m, I16 yes, I16 no) { I16 out; LLMC_LANES(m.v[i] ? yes.v[i] : no.v[i]); }
+#undef LLMC_LANES
+
+LLMC_END

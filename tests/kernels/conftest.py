@@ -1,0 +1,81 @@
+"""Test libraries of the CPU kernels: compiled from the .cpp files here, one for each level."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmc.kernels.levels import NUMERIC_FLAGS, supported_levels
+
+HERE = Path(__file__).parent
+HEADERS = HERE.parents[1] / "kernels" / "cpu"
+CACHE = HERE.parents[1] / "build" / "kernel-tests"
+COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+
+
+def cpu_features():
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+LEVELS_HERE = supported_levels(cpu_features())
+
+
+def compile_harness(source, level, defines=(), extra=()):
+    """The path of the library of `source` for `level`; rebuilt only when any of its inputs changed."""
+    flags = ["-O2", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", "-Wall", "-Werror"]
+    flags += [
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+        *NUMERIC_FLAGS,
+        *level.flags,
+        *(f"-D{one}" for one in defines),
+        *extra,
+    ]
+    texts = [path.read_bytes() for path in sorted(HEADERS.glob("*.hpp"))] + [(HERE / source).read_bytes()]
+    key = hashlib.sha256(b"\0".join([*texts, " ".join(flags).encode()])).hexdigest()[:24]
+    target = CACHE / f"{Path(source).stem}-{level.name}-{key}.so"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        command = [COMPILER, *flags, f"-I{HEADERS}", str(HERE / source), "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:4000]
+        for old in CACHE.glob(f"{Path(source).stem}-{level.name}-*.so"):
+            old.unlink(missing_ok=True)
+        partial.rename(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def build():
+    """`build(source, defines)`: level name -> loaded library, for every level of this machine."""
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler")
+
+    def build_all(source, defines=()):
+        with ThreadPoolExecutor(2) as pool:
+            paths = list(pool.map(lambda level: compile_harness(source, level, defines), LEVELS_HERE))
+        return {level.name: ctypes.CDLL(str(path)) for level, path in zip(LEVELS_HERE, paths, strict=True)}
+
+    return build_all
+
+
+@pytest.fixture
+def rng(request):
+    """Fresh numbers on every run; the seed is part of a failing test's report."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    request.node.user_properties.append(("seed", seed))
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
