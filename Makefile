@@ -40,7 +40,7 @@ typecheck: $(STAMP)
 	$(BIN)/pyright
 
 bench: $(STAMP)
-	@set -e; for script in $(wildcard bench/bench_*.py); do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(sort $(wildcard bench/bench_*.py bench/*/bench_*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
