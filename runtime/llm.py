@@ -49,6 +49,7 @@ class LLM:
         draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
     ) -> None:
         self.engine = Engine(executor, config)
+        self._executor_name = executor.caps.name
         self.tokenizer = tokenizer
         self.spec = spec
         own = tokenizer.eos_token_ids if tokenizer is not None else ()
@@ -57,6 +58,11 @@ class LLM:
         self._draw_seed = draw_seed
         self._numbers = itertools.count()
         self._names = itertools.count()
+
+    @property
+    def executor_name(self) -> str:
+        """What runs the model, for reports."""
+        return self._executor_name
 
     @property
     def limits(self) -> EngineLimits:
