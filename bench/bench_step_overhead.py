@@ -44,7 +44,7 @@ class TimedExecutor(NullExecutor):
 
 def measure(num_requests: int, num_steps: int, num_waiting: int, config: RuntimeConfig) -> dict[str, float]:
     """Seconds per step, of decode steps with `num_requests` running and `num_waiting` in the queue."""
-    groups = [("full", 0, 32, 16384), ("window", 1024, 32, 16384)]
+    groups = [("full", 0, 32, 16384), ("window", 128, 32, 16384)]
     caps = simulated_caps(
         groups=groups, vocab_size=32000, max_context=8192, max_rows=num_requests, max_tokens=8192
     )

@@ -156,7 +156,9 @@ class BlockManager:
         if num_computed // self._index.span > blocks.num_published:
             self._publish(blocks, token_ids, num_computed // self._index.span)
         for group_idx, group in self._sliding:
-            self._slide(blocks, group_idx, first_visible(group, num_computed) // group.page_tokens)
+            first = first_visible(group, num_computed) // group.page_tokens
+            if first > blocks.num_freed[group_idx]:
+                self._slide(blocks, group_idx, first)
 
     def releasable(self, blocks: SequenceBlocks) -> list[int]:
         """Pages per group that would come back were the sequence closed."""
@@ -208,14 +210,16 @@ class BlockManager:
         self._index.prune(before)
 
     def _slide(self, blocks: SequenceBlocks, group_idx: int, first: int) -> None:
+        """Gives back the pages before entry `first`."""
         table = blocks.tables[group_idx]
         epoch = self._in_flight_epoch()
-        for index in range(blocks.num_freed[group_idx], min(first, len(table))):
+        end = min(first, len(table))
+        for index in range(blocks.num_freed[group_idx], end):
             if table[index] >= 0:
                 self._pools[group_idx].release(table[index], epoch)
                 table[index] = -1
                 blocks.unsent.append((group_idx, index, -1))
-        blocks.num_freed[group_idx] = max(blocks.num_freed[group_idx], min(first, len(table)))
+        blocks.num_freed[group_idx] = end
 
     def _evicted(self, group: int, page: int) -> None:
         for other in self._index.withdraw(group, page):

@@ -34,22 +34,25 @@ class NgramIndex:
         """The `k` tokens that followed the latest earlier occurrence of the longest matching suffix
         (prompt lookup, Saxena 2023); a match that reaches the end continues into its own copy."""
         self._extend(token_ids)
+        length = len(token_ids)
         for size in self._sizes:
-            start = self._next.get(tuple(token_ids[-size:])) if len(token_ids) > size else None
+            start = self._next.get(tuple(token_ids[-size:])) if length > size else None
             if start is not None:
-                draft: list[int] = []
-                for index in range(start, start + k):
-                    past = index - len(token_ids)
-                    draft.append(token_ids[index] if past < 0 else draft[past])
+                if start + k <= length:
+                    return tuple(token_ids[start : start + k])
+                draft = list(token_ids[start:])
+                while len(draft) < k:
+                    draft.append(draft[start - length])
                 return tuple(draft)
         return ()
 
     def _extend(self, token_ids: Sequence[int]) -> None:
         """Indexes every n-gram that some token follows."""
+        following = self._next
         for end in range(max(1, self._num_indexed), len(token_ids)):
             for size in self._sizes:
                 if end >= size:
-                    self._next[tuple(token_ids[end - size : end])] = end
+                    following[tuple(token_ids[end - size : end])] = end
         self._num_indexed = len(token_ids)
 
 

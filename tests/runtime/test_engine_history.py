@@ -20,6 +20,7 @@ GROUPS = {
     "full": [("full", 0, 4, 18)],
     "full and window": [("full", 0, 4, 18), ("window", 6, 4, 12)],
     "chunk": [("chunk", 8, 4, 9), ("full", 0, 2, 40)],
+    "no page to spare": [("full", 0, 4, 9), ("window", 6, 4, 3), ("chunk", 8, 4, 3)],
 }
 EXPECTED: dict[tuple, tuple[int, ...]] = {}
 
