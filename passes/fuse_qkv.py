@@ -95,11 +95,11 @@ def _by_input(linears: list[fx.Node]) -> list[list[fx.Node]]:
 
 def _join(graph: fx.Graph, program: Program, group: list[fx.Node]) -> dict[str, Expr]:
     joined, added = join_linears(graph, program, group)
-    start = 0
-    with graph.inserting_after(joined):
-        for node in group:
-            shape = node.meta["val"].shape
-            part = slice_last(graph, joined, len(shape), start, start + shape[-1])
-            node.replace_all_uses_with(part)
-            start += shape[-1]
+    start, last = 0, joined
+    for node in group:
+        shape = node.meta["val"].shape
+        with graph.inserting_after(last):
+            last = slice_last(graph, joined, len(shape), start, start + shape[-1])
+        node.replace_all_uses_with(last)
+        start += shape[-1]
     return added

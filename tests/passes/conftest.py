@@ -197,6 +197,12 @@ def _spec(toy: Toy) -> ModelSpec:
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Programs this small are slower on several threads, far more so on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def toy():
     """`toy(**fields of Toy)` builds one canonical program."""

@@ -1,0 +1,46 @@
+"""Rotation and cache write of one attention in one operator; shape letters as in `ops.attention`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("llmc::rope_kv_write", mutates_args=("k_cache", "v_cache"))
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    scale: float,
+    style: str,
+    tail: bool,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`rope` of `q[T, H, D]` and of `k[T, G, D]`, then `kv_write` of the rotated k and of `v[T, G, V]`.
+
+    Gives the rotated q and the token that `kv_write` gives; the rotated k is in the cache alone.
+    """
+    rotated_q = torch.ops.llmc.rope(q, positions, inv_freq, scale, style, tail)
+    rotated_k = torch.ops.llmc.rope(k, positions, inv_freq, scale, style, tail)
+    return rotated_q, torch.ops.llmc.kv_write(rotated_k, v, k_cache, v_cache, slots)
+
+
+@rope_kv_write.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    scale: float,
+    style: str,
+    tail: bool,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(0)
