@@ -76,15 +76,25 @@ class LLM:
         return self.tokenizer.defaults.params()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> list[GenerationOutput]:
         """Generates for all prompts together; results in their order.
 
+        A lower `priority` is admitted first where the order is by priority. What is not done `timeout_s`
+        after this call (the runtime's own setting where None) ends with reason TIMEOUT.
         All prompts are checked before the first runs: RequestError names what is wrong with one. A
         request that fails later ends with reason ERROR and does not touch the others.
         """
         told: queue.SimpleQueue[StreamChunk | Exception] = queue.SimpleQueue()
-        sessions = [self._session(prompt, params, told.put) for prompt in _as_prompts(prompts)]
+        sessions = [
+            self._session(prompt, params, told.put, None, priority, timeout_s)
+            for prompt in _as_prompts(prompts)
+        ]
         collectors = {
             session.request_id: Collector(session, prompt)
             for session, prompt in zip(sessions, _as_prompts(prompts), strict=True)
@@ -119,11 +129,18 @@ class LLM:
         return self.generate([self.encode_chat(messages, **template_values)], params)[0]
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[StreamChunk]:
         """Chunks of text as they come, of all `n` completions, each ending with its `finish_reason`.
 
-        Leaving the iteration aborts the request. `request_id` is the name `abort` knows it by.
+        Leaving the iteration aborts the request. `request_id` is the name `abort` knows it by;
+        `priority` and `timeout_s` are those of `generate`.
         """
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
@@ -132,7 +149,7 @@ class LLM:
             with contextlib.suppress(RuntimeError):  # the event loop, and with it the reader, may be gone
                 loop.call_soon_threadsafe(told.put_nowait, chunk)
 
-        session = self._session(prompt, params, sink, request_id)
+        session = self._session(prompt, params, sink, request_id, priority, timeout_s)
         num_open = len(session.requests)
         self._loop.submit(session)
         try:
@@ -188,7 +205,13 @@ class LLM:
         self.close()
 
     def _session(
-        self, prompt: Prompt, params: SamplingParams | None, sink: Sink, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        sink: Sink,
+        request_id: str | None,
+        priority: int,
+        timeout_s: float | None,
     ) -> Session:
         """A checked session, not yet queued."""
         params = params or self.default_params()
@@ -196,7 +219,8 @@ class LLM:
         if params.stop:
             self._need_tokenizer("stop")
         arrival_s = self.engine.now_s()
-        timeout_s = self.engine.config.timeout_s
+        if timeout_s is None:
+            timeout_s = self.engine.config.timeout_s
         seed = self._draw_seed()
         max_tokens = params.max_tokens or self.limits.max_model_len - len(token_ids)
         requests = [
@@ -208,6 +232,7 @@ class LLM:
                 stop_token_ids=frozenset(params.stop_ids(self.eos_token_ids)),
                 arrival_s=arrival_s,
                 deadline_s=None if timeout_s is None else arrival_s + timeout_s,
+                priority=priority,
                 prompt_logprobs=params.prompt_logprobs and index == 0,
             )
             for index in range(params.n)

@@ -3,6 +3,7 @@ no prompts and no parameters."""
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable
@@ -46,6 +47,7 @@ class EngineLoop:
                 return
             self._is_closed = True
             thread = self._thread
+        atexit.unregister(self.close)
         if thread is None:
             self._engine.close()
             return
@@ -62,6 +64,7 @@ class EngineLoop:
                     "Load the artifact again.",
                 )
             if self._thread is None:
+                atexit.register(self.close)  # native code must not run while the interpreter goes down
                 self._thread = threading.Thread(target=self._run, name="llmc-engine", daemon=True)
                 self._thread.start()
             self._commands.put(command)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import tokenizers
@@ -268,3 +271,50 @@ def test_closing_ends_what_runs():
 def test_deadline_ends_with_timeout():
     with make(config=RuntimeConfig(timeout_s=1e-9)) as hurried:
         assert hurried.generate("hello", GREEDY)[0].finish_reason is FinishReason.TIMEOUT
+
+
+def test_a_request_may_bring_its_own_deadline(llm):
+    late, fine = (
+        llm.generate("hello", GREEDY, timeout_s=1e-9)[0],
+        llm.generate("hello", GREEDY, timeout_s=60)[0],
+    )
+    assert late.finish_reason is FinishReason.TIMEOUT
+    assert fine.finish_reason is not FinishReason.TIMEOUT
+    assert collect(llm, "hello", GREEDY, timeout_s=1e-9)[-1].finish_reason is FinishReason.TIMEOUT
+
+
+def test_lower_priority_numbers_run_first():
+    order = []
+
+    async def one(llm, priority):
+        async for chunk in llm.stream("hello", GREEDY, priority=priority):
+            if chunk.finish_reason is not None:
+                order.append(priority)
+
+    async def run(llm):
+        blocker = llm.stream("first", SamplingParams(max_tokens=100, ignore_eos=True))
+        await anext(blocker)
+        tasks = [asyncio.create_task(one(llm, priority)) for priority in (3, 1, 2)]
+        async for _ in blocker:
+            pass
+        await asyncio.gather(*tasks)
+
+    slow = Faults(on_collect=lambda plan: time.sleep(0.002))
+    with make(slow, RuntimeConfig(max_requests=1, order="priority")) as llm:
+        asyncio.run(run(llm))
+    assert order == [1, 2, 3]
+
+
+def test_a_program_that_does_not_close_ends_cleanly():
+    code = (
+        "from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps as caps\n"
+        "from llmc.runtime.llm import LLM\n"
+        "from llmc.spec.model import ModelSpec\n"
+        "spec = ModelSpec(family='', architecture='', num_layers=1, hidden_size=1, vocab_size=29,"
+        " max_context=9, compute_dtype='float32', tied_head=False, num_parameters=0, attention=())\n"
+        "print(len(LLM(SimulatedExecutor(caps()), None, spec).generate([1, 2, 3])[0].token_ids))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "125\n", "")
