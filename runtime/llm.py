@@ -53,7 +53,9 @@ class LLM:
         self.tokenizer = tokenizer
         self.spec = spec
         own = tokenizer.eos_token_ids if tokenizer is not None else ()
-        self.eos_token_ids = tuple(dict.fromkeys((*own, *spec.eos_token_ids)))
+        ends = dict.fromkeys((*own, *spec.eos_token_ids))
+        # Some models list end tokens beyond their own vocabulary, which can never come.
+        self.eos_token_ids = tuple(token for token in ends if token < self.limits.vocab_size)
         self._loop = EngineLoop(self.engine)
         self._draw_seed = draw_seed
         self._numbers = itertools.count()

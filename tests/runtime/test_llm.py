@@ -150,6 +150,14 @@ def test_defaults_are_the_models(llm):
     assert len(output.prompt_token_ids) + len(output.token_ids) <= llm.limits.max_model_len
 
 
+def test_end_tokens_beyond_the_vocabulary_are_harmless():
+    spec = dataclasses.replace(SPEC, eos_token_ids=(28, 5000))
+    with LLM(SimulatedExecutor(simulated_caps()), letters(), spec) as odd:
+        assert odd.eos_token_ids == (28,)
+        params = dataclasses.replace(GREEDY, min_tokens=20)
+        assert len(odd.generate("hello", params)[0].token_ids) == 20
+
+
 def test_more_prompts_than_the_queue_holds():
     with make(config=RuntimeConfig(max_requests=2, max_waiting=3)) as small:
         outputs = small.generate([[1 + n, 2] for n in range(12)], dataclasses.replace(GREEDY, n=2))
