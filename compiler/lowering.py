@@ -3,9 +3,10 @@ left over. Knows ATen and torch.export's signature; knows no model."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +18,7 @@ from ..ir.program import TRACE_INPUTS
 from ..ir.vocabulary import is_listed
 from ..ir.weights import Constant, Expr, Unbound, WeightStore
 from ..spec.errors import InternalError, ModelError
+from .functional import functionalise, join_slices, writes
 from .hf.ragged import MODEL_PREFIX
 
 _aten = torch.ops.aten
@@ -24,6 +26,11 @@ _aten = torch.ops.aten
 _SAME_VALUES = frozenset(
     {"alias", "detach", "lift_fresh", "lift_fresh_copy", "clone", "contiguous", "dropout", "feature_dropout"}
 )
+_SPELLINGS = {
+    "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg",
+    "concat": "cat", "concatenate": "cat", "absolute": "abs", "clip": "clamp",
+    "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
+}  # fmt: skip
 _CASTS = frozenset({"to", "_to_copy", "type_as"})
 # Operators that read memory as another type, so that strides matter to them.
 _REINTERPRETING = frozenset({_aten.view_as_complex.default, _aten.view.dtype})
@@ -43,18 +50,19 @@ def lower(exported: ExportedProgram, ties: Mapping[str, str]) -> Lowered:
     Raises ModelError when the model writes to its own buffers, InternalError for an operator that the
     vocabulary lacks.
     """
-    if any(_writes(node) for node in exported.graph.nodes):
-        exported = exported.run_decompositions({})
-        _refuse_mutation(exported)
-    copier = _Copier(exported=exported, ties=ties)
-    for node in _live(exported.graph):
+    graph = exported.graph
+    if any(writes(node) for node in graph.nodes):
+        graph = functionalise(graph)
+        if graph is None:  # torch.export can replace any write, at the price of tracing once more
+            exported = exported.run_decompositions({})
+            _refuse_mutation(exported)
+            graph = exported.graph
+    join_slices(graph)
+    copier = _Copier(exported=exported, source=graph, ties=ties)
+    for node in _live(graph):
         copier.copy(node)
     store = WeightStore(copier.entries, dict(ties)).restricted_to(copier.entries)
     return Lowered(graph=copier.graph, weights=store)
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable  # pyright: ignore[reportPrivateUsage]
 
 
 def _refuse_mutation(exported: ExportedProgram) -> None:
@@ -75,6 +83,7 @@ class _Copier:
     """Copies nodes one by one into a new graph, renaming inputs and leaving out what changes nothing."""
 
     exported: ExportedProgram
+    source: fx.Graph
     ties: Mapping[str, str]
     graph: fx.Graph = field(default_factory=fx.Graph)
     entries: dict[str, Expr] = field(default_factory=dict[str, Expr])
@@ -85,7 +94,7 @@ class _Copier:
     def __post_init__(self) -> None:
         specs = {_argument_name(spec): spec for spec in self.exported.graph_signature.input_specs}
         names = iter(entry.name for entry in TRACE_INPUTS)
-        for node in self.exported.graph.nodes:
+        for node in self.source.nodes:
             if node.op != "placeholder":
                 continue
             spec = specs[node.name]
@@ -134,9 +143,11 @@ class _Copier:
         first = node.args[0] if node.args else None
         if isinstance(first, fx.Node) and _changes_nothing(node, name, first):
             return self._value(first)
-        target = (
-            _aten.reshape.default if name in ("view", "_unsafe_view") and _is_shape(node) else node.target
-        )
+        if node.target is operator.getitem and _name(cast(fx.Node, first).target) == "broadcast_tensors":
+            return self._broadcast(node, cast(fx.Node, first))
+        if name == "broadcast_tensors":
+            return None  # its results are made one by one, where they are taken
+        target = _common_spelling(node.target, name)
         if not is_listed(target):
             raise _foreign(str(target))
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)  # pyright: ignore[reportGeneralTypeIssues]
@@ -145,6 +156,17 @@ class _Copier:
         stack = node.meta.get("nn_module_stack")
         if stack:
             new.meta["module"] = str(next(reversed(stack.values()))[0]).removeprefix(MODEL_PREFIX)
+        return new
+
+    def _broadcast(self, item: fx.Node, broadcast: fx.Node) -> Any:
+        source = cast(fx.Node, cast(Any, broadcast.args[0])[item.args[1]])
+        shape = item.meta["val"].shape
+        if source.meta["val"].shape == shape:
+            return self._value(source)
+        if not all(isinstance(size, int) for size in shape):
+            raise _foreign("aten.broadcast_tensors over a symbolic size")
+        new = self.graph.call_function(_aten.expand.default, (self._value(source), list(shape)))
+        new.meta["val"] = item.meta["val"]
         return new
 
 
@@ -169,8 +191,14 @@ def _changes_nothing(node: fx.Node, name: str, first: fx.Node) -> bool:
     return name in _CASTS and isinstance(before, Tensor) and before.dtype == after.dtype
 
 
-def _is_shape(node: fx.Node) -> bool:
-    return node.target is not _aten.view.dtype
+def _common_spelling(target: Any, name: str) -> Any:
+    """One operator for each of those that ATen spells in several ways; views become reshapes, since strides
+    change on the way."""
+    if name in ("view", "_unsafe_view") and target is not _aten.view.dtype:
+        return _aten.reshape.default
+    if name not in _SPELLINGS:
+        return target
+    return getattr(getattr(_aten, _SPELLINGS[name]), str(target).rsplit(".", 1)[1])
 
 
 def _on_host(kwargs: dict[str, Any]) -> dict[str, Any]:

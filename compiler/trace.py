@@ -41,6 +41,7 @@ class TracedModel:
 
     model: nn.Module
     ties: dict[str, str]
+    max_context: int
     choices: dict[str, str]
 
 
@@ -53,14 +54,13 @@ def trace_config(config: Any, *, dtype: torch.dtype, max_context: int | None = N
     right.
     """
     model_class = refuse_config(config)
-    context = context_limit(config, max_context)
     attention, experts = AttentionRecorder(), ExpertRecorder()
-    with _quiet(), torch.no_grad(), adapter.interfaces(attention, mask_spec, experts):
-        prepared = prepare_model(config, dtype, context)
+    with quiet(), torch.no_grad(), adapter.interfaces(attention, mask_spec, experts):
+        prepared = prepare_model(config, dtype, max_context)
         experts.study(prepared.model)
         exported = _export(Ragged(prepared.model, attention).eval(), str(config.model_type))
-    check_attention(config, attention.calls)
-    lowered = lower(exported, prepared.ties)
+        check_attention(config, attention.calls)
+        lowered = lower(exported, prepared.ties)
     program = Program(
         graph=lowered.graph,
         inputs=TRACE_INPUTS,
@@ -71,7 +71,7 @@ def trace_config(config: Any, *, dtype: torch.dtype, max_context: int | None = N
             program=lowered,
             attention=attention.calls,
             dtype=dtype,
-            max_context=context,
+            max_context=prepared.max_context,
             choices=prepared.choices,
         ),
         facts=frozenset({TRACED}),
@@ -81,16 +81,17 @@ def trace_config(config: Any, *, dtype: torch.dtype, max_context: int | None = N
     return program
 
 
-def prepare_model(config: Any, dtype: torch.dtype, max_context: int) -> TracedModel:
+def prepare_model(config: Any, dtype: torch.dtype, max_context: int | None) -> TracedModel:
     """The model of `config` without weights, its norms and batch-dependent parts settled."""
     name = str(config.model_type)
     with weightless_construction():
         model = _construct(config, dtype, name)
     refuse_model(model, name)
-    choices = settle_longrope(model, max_context)
+    context = context_limit(config, max_context)
+    choices = settle_longrope(model, context)
     adapter.settle_shared_layers(model)
     use_norm_operators(model)
-    return TracedModel(model=model, ties=use_fake_parameters(model), choices=choices)
+    return TracedModel(model=model, ties=use_fake_parameters(model), max_context=context, choices=choices)
 
 
 def _construct(config: Any, dtype: torch.dtype, name: str) -> nn.Module:
@@ -139,7 +140,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Hold back what torch.export and transformers say about their own internals."""
     loggers = [logging.getLogger("transformers"), logging.getLogger("torch.export")]
     levels = [logger.level for logger in loggers]

@@ -15,16 +15,16 @@ ATEN_NAMES = frozenset(
     """
     _softmax _to_copy abs add addcmul addmm alias amax amin any arange argmax argsort baddbmm bincount
     bitwise_and bitwise_not bitwise_or bmm cat ceil chunk clamp clamp_max clamp_min clone complex
-    constant_pad_nd contiguous copy cos cumsum detach div elu embedding empty eq erf exp expand expm1
-    flatten flip floor floor_divide full full_like gather ge gelu glu group_norm gt hardtanh hypot imag
-    index index_add index_put index_select isinf isnan layer_norm le leaky_relu lift_fresh_copy linear
-    log log1p logical_and logical_not logical_or logsumexp lt masked_fill matmul max maximum mean min
-    minimum mish mm movedim mul narrow native_layer_norm ne neg new_ones new_zeros one_hot ones
-    ones_like permute polar pow real reciprocal relu remainder repeat repeat_interleave reshape rms_norm
-    roll round rsqrt rsub scalar_tensor scatter scatter_add select sigmoid sign silu sin slice softmax
-    softplus sort split split_with_sizes sqrt square squeeze stack std sub sum sym_numel sym_size tanh
-    tile to topk transpose tril triu type_as unbind unflatten unsqueeze var view view_as_complex
-    view_as_real view_copy where zeros zeros_like
+    constant_pad_nd contiguous copy cos cumsum detach div elu embedding empty eq erf erfc erfinv exp
+    expand expm1 flatten flip floor floor_divide full full_like gather ge gelu glu group_norm gt hardtanh
+    hypot imag index index_add index_put index_select isinf isnan layer_norm le leaky_relu
+    lift_fresh_copy linear log log1p logical_and logical_not logical_or logsumexp lt masked_fill matmul
+    max maximum mean min minimum mish mm movedim mul narrow native_layer_norm ne neg new_ones new_zeros
+    one_hot ones ones_like permute polar pow real reciprocal relu remainder repeat repeat_interleave
+    reshape rms_norm roll round rsqrt rsub scalar_tensor scatter scatter_add select select_scatter
+    sigmoid sign silu sin slice slice_scatter softmax softplus sort split split_with_sizes sqrt square
+    squeeze stack std sub sum sym_numel sym_size tanh tile to topk transpose tril triu type_as unbind
+    unflatten unsqueeze var view view_as_complex view_as_real view_copy where zeros zeros_like
     """.split()  # noqa: SIM905
 )
 

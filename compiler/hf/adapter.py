@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface
@@ -24,7 +25,7 @@ INTERFACE = "llmc"
 HARMLESS_ATTENTION_ARGUMENTS = frozenset(
     """
     dropout position_ids use_cache cache_position output_attentions output_hidden_states return_dict
-    position_embeddings attention_type logits_to_keep
+    position_embeddings attention_type logits_to_keep output_router_logits
     """.split()  # noqa: SIM905
 )
 
@@ -50,14 +51,9 @@ def causal_lm_class(config: Any) -> type[nn.Module] | None:
     return found[0] if isinstance(found, tuple | list) else found
 
 
-def uses_attention_interface(model_class: type[nn.Module]) -> bool:
-    """Whether the class says that its attention goes through the attention registry."""
-    return bool(getattr(model_class, "_supports_attention_backend", False))
-
-
-def takes_positions(model_class: type[nn.Module]) -> bool:
+def takes_positions(model: nn.Module) -> bool:
     """Whether the model computes on the positions it is given, and not on counted ones."""
-    return "position_ids" in inspect.signature(model_class.forward).parameters
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def keeps_rows(model: nn.Module) -> bool:
@@ -253,3 +249,112 @@ def _keep_all_rows(hidden: Any, per_layer: Any, positions: Any, masks: Any, *_: 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters that `module` itself registers, to be replaced in place."""
     return module._parameters  # pyright: ignore[reportPrivateUsage]
+
+
+# Sizes that carry no meaning, with what they may be at most in a small model of the same kind.
+SIZE_CAPS = {
+    "vocab_size": 128, "vocab_size_per_layer_input": 128,
+    "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "intermediate_size_mlp": 96,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "shared_intermediate_size": 96,
+    "hidden_size_per_layer_input": 16, "laurel_rank": 16, "q_lora_rank": 48, "kv_lora_rank": 32,
+    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8,
+    "num_experts_per_tok": 2, "moe_k": 2, "moe_num_shared_experts": 2, "n_shared_experts": 2,
+    "decoder_sparse_step": 2, "moe_layer_interval": 2, "interleave_moe_layer_step": 2,
+    "sliding_window": 8, "attention_chunk_size": 8,
+}  # fmt: skip
+EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+EXPERT_GROUPS = ("n_group", "topk_group")
+LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers")
+FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index")
+LAST_LAYERS = ("num_kv_shared_layers",)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "pad_token_id_per_layer_input")
+_PERIODS = ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step", "moe_layer_freq")
+
+
+def config_of(class_name: str, options: dict[str, Any]) -> Any:
+    """A config object of the named class of transformers."""
+    return getattr(transformers, class_name)(**copy.deepcopy(options))
+
+
+def per_layer_lists(config: Any) -> list[str]:
+    """Attributes of `config` that hold one value a layer."""
+    count = num_layers(config)
+    return [
+        name
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == count and name not in (*TOKEN_IDS, *LAYER_INDEX_LISTS)
+    ]
+
+
+def layer_kind(config: Any, index: int) -> tuple[Any, ...]:
+    """What the config says about layer `index`: layers of equal kind are made alike."""
+    count = num_layers(config)
+    lists = [str(getattr(config, name)[index]) for name in per_layer_lists(config)]
+    chosen = [index in (getattr(config, name, None) or ()) for name in LAYER_INDEX_LISTS]
+    first = [index < (getattr(config, name, None) or 0) for name in FIRST_LAYERS]
+    last = [index >= count - (getattr(config, name, None) or 0) for name in LAST_LAYERS]
+    periods = [getattr(config, name, None) for name in _PERIODS]
+    turns = [(index + 1) % period == 0 for period in periods if isinstance(period, int) and period > 1]
+    own = str(sorted(_overrides(config).get(index, {}).items(), key=lambda item: item[0]))
+    return (*lists, *chosen, *first, *last, *turns, own)
+
+
+def readable_copy(config: Any) -> Any:
+    """A copy of `config` whose attributes can all be read, those that layers override included."""
+    own = copy.deepcopy(config)
+    if _overrides(own):
+        own.allow_global_per_layer_attribute_access = True
+    return own
+
+
+def _overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """What single layers set otherwise than the config at large, by layer index."""
+    spec = getattr(config, "_heterogeneity_spec", None)
+    return {} if spec is None else spec.per_layer_overrides
+
+
+def num_heads(config: Any) -> int:
+    """Query heads of a layer."""
+    return int(config.num_attention_heads)
+
+
+def num_kv_heads(config: Any) -> int:
+    """K and V heads of a layer."""
+    if getattr(config, "multi_query", False):
+        return 1
+    found = getattr(config, "num_key_value_heads", None)
+    return num_heads(config) if found is None else int(found)
+
+
+def head_width(config: Any) -> int:
+    """Elements of one query head."""
+    stated = getattr(config, "head_dim", None)
+    return hidden_size(config) // num_heads(config) if stated is None else int(stated)
+
+
+def set_heads(config: Any, heads: int, kv_heads: int, hidden: int) -> None:
+    """Change the number of heads and the width of the residual stream, head widths as they are."""
+    if getattr(config, "word_embed_proj_dim", None) == hidden_size(config):
+        config.word_embed_proj_dim = hidden
+    config.num_attention_heads = heads
+    if getattr(config, "num_key_value_heads", None) is not None:
+        config.num_key_value_heads = kv_heads
+    if getattr(config, "num_global_key_value_heads", None) is not None:
+        config.num_global_key_value_heads = kv_heads
+    config.hidden_size = hidden
+
+
+def set_layers(config: Any, kept: list[int]) -> None:
+    """Have as many layers as `kept` names; the new layer i overrides what the old layer `kept[i]` did.
+
+    Lists of one value a layer must fit already.
+    """
+    old = _overrides(config)
+    config.num_hidden_layers = len(kept)
+    if old:
+        heads = num_kv_heads(config)
+        own = {new: dict(old[index]) for new, index in enumerate(kept) if index in old}
+        for values in own.values():
+            if "num_key_value_heads" in values:
+                values["num_key_value_heads"] = min(values["num_key_value_heads"], heads)
+        config.per_layer_config = own

@@ -38,8 +38,6 @@ def refuse_config(config: Any) -> type[nn.Module]:
     mixers = adapter.other_mixers(config)
     if mixers:
         raise mixer_error(name, f"layers of kind {', '.join(mixers)}")
-    if not adapter.uses_attention_interface(found) or not adapter.takes_positions(found):
-        raise attention_error(name)
     for rope in adapter.rope_parameter_sets(config):
         if "dynamic" in str(rope["rope_type"]):
             raise dynamic_rope_error(name)
@@ -47,12 +45,14 @@ def refuse_config(config: Any) -> type[nn.Module]:
 
 
 def refuse_model(model: nn.Module, name: str) -> None:
-    """Raises ModelError when a part of `model` computes across tokens without being attention."""
+    """Raises ModelError when part of `model` works across tokens without being attention, or counts them."""
     for path, module in model.named_modules():
         if isinstance(module, _MIXERS):
             raise mixer_error(name, f"a {type(module).__name__} at {path}")
         if any("dynamic" in kind for kind in adapter.rope_kinds(module).values()):
             raise dynamic_rope_error(name)
+    if not adapter.takes_positions(model):
+        raise attention_error(name)
 
 
 def mixer_error(name: str, what: str) -> ModelError:
