@@ -5,7 +5,7 @@ Knows how to join; which linears belong together is the business of the passes t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
 import torch
@@ -13,10 +13,11 @@ from torch import fx
 
 from ..ir.program import Program
 from ..ir.weights import Concat, Constant, Expr
-from .graph import argument, is_weight, read_weight
+from .graph import argument, is_call, is_weight, read_weight
 from .rewrite import insert
 
 LINEAR = torch.ops.llmc.linear.default
+ATTENTION = torch.ops.llmc.attention.default
 
 
 def obstacle(nodes: Sequence[fx.Node], program: Program) -> str | None:
@@ -34,6 +35,19 @@ def obstacle(nodes: Sequence[fx.Node], program: Program) -> str | None:
     if len(dtypes) > 1:
         return f"{nodes[0].name}: weights of several dtypes share its input"
     return None
+
+
+def nearest_linears(start: fx.Node) -> Iterator[fx.Node]:
+    """The `llmc.linear` nodes above `start` with no other one and no attention between, in argument order."""
+    pending, seen = [start], {start}
+    while pending:
+        node = pending.pop()
+        if is_call(node, LINEAR):
+            yield node
+        elif not is_call(node, ATTENTION):
+            fresh = [source for source in reversed(node.all_input_nodes) if source not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
 
 
 def join_linears(

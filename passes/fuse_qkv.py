@@ -9,7 +9,6 @@ Candidates are the linears nearest above the q, k and v of one attention; those 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,8 +18,8 @@ from torch import fx
 from ..ir.program import Program
 from ..ir.weights import Expr
 from .base import CANONICAL, Contract, PassContext, PassReport, PassResult, Stage, Within, expect_option
-from .fuse_linears import LINEAR, join_linears, obstacle, slice_last
-from .graph import argument, calls, erase_dead, is_call
+from .fuse_linears import join_linears, nearest_linears, obstacle, slice_last
+from .graph import argument, calls, erase_dead
 
 ATTENTION = torch.ops.llmc.attention.default
 
@@ -70,20 +69,8 @@ def _projections(attention: fx.Node) -> list[fx.Node]:
     reads_own = argument(attention, "kv_source") == argument(attention, "layer")
     found: dict[fx.Node, None] = {}
     for name in ("q", "k", "v") if reads_own else ("q",):
-        found |= dict.fromkeys(_nearest_linears(argument(attention, name)))
+        found |= dict.fromkeys(nearest_linears(argument(attention, name)))
     return list(found)
-
-
-def _nearest_linears(start: fx.Node) -> Iterable[fx.Node]:
-    pending, seen = [start], {start}
-    while pending:
-        node = pending.pop()
-        if is_call(node, LINEAR):
-            yield node
-        elif not is_call(node, ATTENTION):
-            fresh = [source for source in reversed(node.all_input_nodes) if source not in seen]
-            seen.update(fresh)
-            pending.extend(fresh)
 
 
 def _by_input(linears: list[fx.Node]) -> list[list[fx.Node]]:

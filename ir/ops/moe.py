@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ...spec.quant import parse_scheme
+from ..quantized import dequantize_rows
 from .activation import ACTIVATIONS
 from .linear import tiled_linear
 
@@ -39,6 +43,37 @@ def _expert(
     return ACTIVATIONS[activation](gate) * up
 
 
+# (gate_up, down) of one expert by its number.
+_Experts = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def _mixture(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    experts: _Experts,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    settings: tuple[str, bool, float, float],
+) -> Tensor:
+    out_f32 = x.new_zeros(x.shape, dtype=torch.float32)
+    for choice in range(expert_ids.shape[1]):
+        for expert in torch.unique(expert_ids[:, choice]).tolist():
+            rows = (expert_ids[:, choice] == expert).nonzero()[:, 0]
+            gate_up, down = experts(expert)
+            bias = None if gate_up_bias is None else gate_up_bias[expert]
+            hidden = _expert(x[rows], gate_up, bias, *settings)
+            result = tiled_linear(hidden, down)
+            if down_bias is not None:
+                result = result + down_bias[expert]
+            out_f32[rows] += result.float() * expert_weights[rows, choice, None].float()
+    return out_f32.to(x.dtype)
+
+
+def _plain_experts(gate_up: Tensor, down: Tensor) -> _Experts:
+    return lambda expert: (gate_up[expert], down[expert])
+
+
 @torch.library.custom_op("llmc::moe", mutates_args=())
 def moe(
     x: Tensor,
@@ -60,17 +95,9 @@ def moe(
     of `ACTIVATIONS`, `clamped_swiglu`, or `plain:NAME` for experts without a gate (`gate_up[E, F, D]`).
     A token's experts are summed in ascending order of choice, in float32.
     """
-    out_f32 = x.new_zeros(x.shape, dtype=torch.float32)
-    for choice in range(expert_ids.shape[1]):
-        for expert in torch.unique(expert_ids[:, choice]).tolist():
-            rows = (expert_ids[:, choice] == expert).nonzero()[:, 0]
-            bias = None if gate_up_bias is None else gate_up_bias[expert]
-            hidden = _expert(x[rows], gate_up[expert], bias, activation, interleaved, alpha, limit)
-            result = tiled_linear(hidden, down[expert])
-            if down_bias is not None:
-                result = result + down_bias[expert]
-            out_f32[rows] += result.float() * expert_weights[rows, choice, None].float()
-    return out_f32.to(x.dtype)
+    settings = (activation, interleaved, alpha, limit)
+    experts = _plain_experts(gate_up, down)
+    return _mixture(x, expert_ids, expert_weights, experts, gate_up_bias, down_bias, settings)
 
 
 @moe.register_fake
@@ -86,5 +113,73 @@ def _(
     interleaved: bool,
     alpha: float,
     limit: float,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("llmc::quantized_moe", mutates_args=())
+def quantized_moe(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up_codes: Tensor,
+    gate_up_scales: Tensor,
+    gate_up_zeros: Tensor | None,
+    down_codes: Tensor,
+    down_scales: Tensor,
+    down_zeros: Tensor | None,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    gate_up_scheme: str,
+    down_scheme: str,
+) -> Tensor:
+    """`moe` with the experts given as codes: `gate_up[E, 2F, D]` and `down[E, D, F]`, each expert quantised
+    along its last dimension and packed as `ir.quantized` says. Experts are dequantised to x's dtype.
+    """
+    columns = 1 if activation.startswith("plain:") else 2
+    inner = gate_up_codes.shape[1] // columns
+
+    def experts(expert: int) -> tuple[Tensor, Tensor]:
+        gate_up = _dequantized(
+            (gate_up_codes, gate_up_scales, gate_up_zeros), expert, gate_up_scheme, x.shape[-1]
+        )
+        down = _dequantized((down_codes, down_scales, down_zeros), expert, down_scheme, inner)
+        return gate_up.to(x.dtype), down.to(x.dtype)
+
+    settings = (activation, interleaved, alpha, limit)
+    return _mixture(x, expert_ids, expert_weights, experts, gate_up_bias, down_bias, settings)
+
+
+def _dequantized(
+    parts: tuple[Tensor, Tensor, Tensor | None], expert: int, scheme: str, in_features: int
+) -> Tensor:
+    codes, scales, zeros = parts
+    own_zeros = None if zeros is None else zeros[expert]
+    return dequantize_rows(codes[expert], scales[expert], own_zeros, parse_scheme(scheme), in_features)
+
+
+@quantized_moe.register_fake
+def _(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up_codes: Tensor,
+    gate_up_scales: Tensor,
+    gate_up_zeros: Tensor | None,
+    down_codes: Tensor,
+    down_scales: Tensor,
+    down_zeros: Tensor | None,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    gate_up_scheme: str,
+    down_scheme: str,
 ) -> Tensor:
     return x.new_empty(x.shape)

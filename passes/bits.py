@@ -1,0 +1,27 @@
+"""How many bits a weight costs as stored, everything counted. Knows expressions, no graph."""
+
+from __future__ import annotations
+
+from math import prod
+
+from ..ir.program import Program
+from ..ir.weights import Expr, Quantized
+
+
+def bits_per_weight(program: Program) -> float:
+    """Stored bits of all weights that the graph reads, per parameter that they stand for.
+
+    Codes with their padding, scales, zero points and whatever is kept unquantised count as stored; a
+    quantised weight stands for as many parameters as it had before. Tied weights count once.
+    """
+    names = list(program.used_weights())
+    stored = 8 * sum(program.weights.num_bytes(name) for name in names)
+    parameters = sum(num_parameters(program.weights[name]) for name in names)
+    return stored / parameters if parameters else 0.0
+
+
+def num_parameters(expr: Expr) -> int:
+    """Parameters that one stored tensor stands for; scales and zero points stand for none."""
+    if isinstance(expr, Quantized):
+        return prod(expr.of.shape) if expr.part == "codes" else 0
+    return prod(expr.shape)
