@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from ..spec.quant import QuantScheme
 
+_BAND_VALUES = 1 << 22
+
 
 class QTensor(NamedTuple):
     """A quantised matrix in the portable packing; `zeros` is None when symmetric."""
@@ -43,16 +45,34 @@ def unpack_codes(codes: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 def dequantize_rows(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme, in_features: int
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    scheme: QuantScheme,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Float32 values `[N, in_features]` of packed `codes`: `(code - zero) * scale`."""
+    """Values `[N, in_features]` of packed `codes`: `(code - zero) * scale` in float32, rounded to `dtype`.
+
+    Works in bands of rows, so that a large table takes little more memory than its result.
+    """
+    out = torch.empty((codes.shape[0], in_features), dtype=dtype)
+    band = max(1, _BAND_VALUES // max(1, scheme.padded_in_features(in_features)))
+    for start in range(0, codes.shape[0], band):
+        rows = slice(start, start + band)
+        own_zeros = None if zeros is None else zeros[rows]
+        out[rows] = _dequantize_band(codes[rows], scales[rows], own_zeros, scheme)[:, :in_features]
+    return out
+
+
+def _dequantize_band(codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme) -> Tensor:
     values = unpack_codes(codes, scheme).float()
     groups = scales.shape[1]
     size = scheme.group_size or values.shape[1]
     grouped = values[:, : groups * size].reshape(values.shape[0], groups, size)
     if zeros is not None:
         grouped = grouped - zeros.float()[:, :, None]
-    return (grouped * scales.float()[:, :, None]).reshape(values.shape[0], -1)[:, :in_features]
+    return (grouped * scales.float()[:, :, None]).reshape(values.shape[0], -1)
 
 
 def quantize_rtn(weight_NK: Tensor, scheme: QuantScheme) -> QTensor:

@@ -19,23 +19,34 @@ from ..spec.quant import QuantScheme
 from .quantized import QTensor, quantize_rtn
 
 _QUANTIZE_ROWS = 8192
+_READ_BYTES = 256 << 20
 
 
 class Reader:
-    """Open safetensors files, mapped on first use."""
+    """Open safetensors files, mapped on first use.
+
+    What was read through a mapping stays resident with it, so all are given up after `_READ_BYTES`: reading
+    a checkpoint from end to end takes no more memory than that and the tensors still in use.
+    """
 
     def __init__(self) -> None:
         self._files: dict[str, safe_open] = {}
+        self._num_bytes = 0
 
     def tensor(self, path: str, key: str) -> Tensor:
         """The stored tensor `key` of file `path`."""
+        if self._num_bytes > _READ_BYTES:
+            self.close()
         if path not in self._files:
             self._files[path] = safe_open(path, framework="pt")
-        return self._files[path].get_tensor(key)
+        tensor = self._files[path].get_tensor(key)
+        self._num_bytes += tensor.nbytes
+        return tensor
 
     def close(self) -> None:
-        """Unmap everything."""
+        """Unmap everything but what is still in use."""
         self._files.clear()
+        self._num_bytes = 0
 
 
 class Expr(Protocol):

@@ -49,7 +49,7 @@ def quantized_linear(
     The weight is dequantised to x's dtype before the product: K is `x.shape[-1]`, and codes beyond
     it are padding.
     """
-    weight = dequantize_rows(codes, scales, zeros, parse_scheme(scheme), x.shape[-1]).to(x.dtype)
+    weight = dequantize_rows(codes, scales, zeros, parse_scheme(scheme), x.shape[-1], x.dtype)
     out = tiled_linear(x, weight)
     return out if bias is None else out + bias
 

@@ -71,4 +71,4 @@ class Products:
 
 
 def _dequantize(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: str) -> Tensor:
-    return dequantize_rows(codes, scales, zeros, parse_scheme(scheme), x.shape[-1]).to(x.dtype)
+    return dequantize_rows(codes, scales, zeros, parse_scheme(scheme), x.shape[-1], x.dtype)
