@@ -168,3 +168,38 @@ def test_the_next_turn_hits_only_what_was_computed(names, length, request_of, dr
     finished = drained(engine)[1]
     assert finished.num_cached_tokens == (length - 1) // 4 * 4
     assert finished.output_token_ids == alone(names, second, drained)
+
+
+def logprobs_told(engine):
+    """All logprobs of each request, of its output and of its prompt, in the order they came."""
+    output, prompt = {}, {}
+    while engine.has_work():
+        for each in engine.step():
+            output.setdefault(each.request_id, []).extend(each.logprobs)
+            prompt.setdefault(each.request_id, []).extend(each.prompt_logprobs)
+    return output, prompt
+
+
+def test_logprobs_do_not_depend_on_chunks_preemption_or_drafts(request_of):
+    sampling = SamplingState(temperature=0.9, seed=4, logprobs=2)
+    requests = [
+        request_of(number, range(number, number + 14), 14, sampling, prompt_logprobs=number % 2 == 0)
+        for number in range(5)
+    ]
+    config = RuntimeConfig(max_requests=5, max_step_tokens=20, speculation="draft", draft_tokens=3)
+    caps = caps_for(["full", "window"], 11, max_rows=5, can_propose=True)
+    engine = Engine(SimulatedExecutor(caps), config)
+    for request in requests:
+        engine.add_request(request)
+    output, prompt = logprobs_told(engine)
+    assert engine.stats.num_preemptions > 0
+    assert sum(engine.stats.accepted_at) > 0
+    for request in requests:
+        alone_engine = Engine(SimulatedExecutor(caps_for(["full", "window"], 64)))
+        alone_engine.add_request(request)
+        alone_output, alone_prompt = logprobs_told(alone_engine)
+        number = request.request_id
+        assert output[number] == alone_output[number]
+        assert prompt[number] == alone_prompt[number]
+        assert len(output[number]) == 14
+        assert len(prompt[number]) == (13 if number % 2 == 0 else 0)
