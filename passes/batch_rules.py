@@ -15,11 +15,11 @@ from torch._ops import OpOverload
 
 from .graph import argument
 from .rewrite import (
-    ELEMENTWISE,
     LAST_DIM,
     argument_names,
     at,
     aten,
+    is_elementwise,
     is_one,
     is_tensor,
     operator_of,
@@ -75,7 +75,7 @@ class Operands:
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule for the operator that `node` calls."""
     name = operator_of(node)
-    if name in ELEMENTWISE:
+    if is_elementwise(node):
         return _elementwise
     if name in LAST_DIM:
         return _last_dim

@@ -76,10 +76,12 @@ class _Walk:
                 outcome = None
             if outcome is None:
                 self.unruled[operator_of(node)] += 1
-        if outcome is None:
-            self._keep(node)
-        else:
+        if outcome is not None:
             self._lower(node, outcome)
+        elif self._operands.any_dropped(node) and isinstance(node.meta["val"], Tensor):
+            self._surround(node)
+        else:
+            self._keep(node)
 
     def _seed(self, node: fx.Node) -> Outcome:
         """Where the dimension comes from: unsqueeze, or a view that adds it in front."""
@@ -113,6 +115,17 @@ class _Walk:
         self._dropped[node] = False
         new = self.graph.node_copy(node, self._whole)
         self._lowered[node] = new
+
+    def _surround(self, node: fx.Node) -> None:
+        """Put the dimension back for this call alone, and leave it out again behind it."""
+        self._keep(node)
+        value = node.meta["val"]
+        if not _droppable(value):
+            return
+        self._restored[node] = self._lowered[node]
+        self._lowered[node] = self.graph.call_function(aten.squeeze.dim, (self._lowered[node], 0))
+        self._lowered[node].meta["val"] = _without_dim(value)
+        self._dropped[node] = True
 
     def _whole(self, node: fx.Node) -> fx.Node:
         """The new node in the original's shape."""

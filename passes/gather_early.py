@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from .graph import argument, calls, is_weight
-from .rewrite import ELEMENTWISE, LAST_DIM, insert, is_tensor, llmc, operator_of, rank_of
+from .rewrite import LAST_DIM, insert, is_elementwise, is_tensor, llmc, operator_of, rank_of
 
 
 def gather_early(graph: fx.Graph) -> int:
@@ -44,13 +44,13 @@ def _step(graph: fx.Graph, gather: fx.Node) -> fx.Node | None:
 def _row_operand(node: fx.Node) -> fx.Node | None:
     """The one operand whose rows `node` computes its own from."""
     name = operator_of(node)
-    if name not in ELEMENTWISE and name not in LAST_DIM:
+    if not is_elementwise(node) and name not in LAST_DIM:
         return None
     operands = [source for source in node.all_input_nodes if not is_weight(source)]
     if len(operands) != 1 or not is_tensor(operands[0]) or rank_of(operands[0]) != rank_of(node):
         return None
     weights = [source for source in node.all_input_nodes if is_weight(source)]
-    if name in ELEMENTWISE and any(rank_of(weight) >= rank_of(node) for weight in weights):
+    if is_elementwise(node) and any(rank_of(weight) >= rank_of(node) for weight in weights):
         return None
     return operands[0] if rank_of(node) > 1 else None
 

@@ -3,6 +3,7 @@
     aten.linear(x, w, b)  ·  aten.addmm(b, x, w)        →    llmc.linear(x, w or its transpose, b)
     aten.embedding(w, ids)                              →    llmc.embedding(ids, w)
     aten.index(h, [out_rows])                           →    llmc.gather_rows(h, out_rows)
+    aten.layer_norm(x, [D], w, b, eps)                  →    llmc.layer_norm(x, w, b, eps, …)
     mul(tanh(div(x, c)), c)                             →    llmc.softcap(x, c)
 
 Rows are gathered as early as the model allows: not logits but the hidden states that they come from.
@@ -70,6 +71,7 @@ class _Walk:
             "embedding": self._embedding,
             "index": self._index,
             "index_select": self._index_select,
+            "layer_norm": _layer_norm,
             "linear": self._linear,
             "matmul": self._matmul,
             "mm": self._matmul,
@@ -160,6 +162,20 @@ class _Walk:
         if rows.op != "placeholder":
             return None
         return insert(self._graph, llmc.gather_rows.default, (x, rows))
+
+
+def _layer_norm(node: fx.Node) -> fx.Node | None:
+    """Layer norm of the last dimension, its weight as stored or with 1 added to it."""
+    x, weight, bias = (argument(node, key) for key in ("input", "weight", "bias"))
+    offset = 0.0
+    if operator_of(weight) == "add" and weight.args[1] == 1:
+        weight, offset = weight.args[0], 1.0
+    if len(argument(node, "normalized_shape")) > 1 or not all(
+        part is None or is_weight(part) for part in (weight, bias)
+    ):
+        return None
+    args = (x, weight, bias, argument(node, "eps"), offset, "scale_then_cast")
+    return insert(node.graph, llmc.layer_norm.default, args)
 
 
 def _softcap(node: fx.Node) -> fx.Node | None:

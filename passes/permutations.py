@@ -18,13 +18,13 @@ from torch._ops import OpOverload
 
 from .graph import argument, calls
 from .rewrite import (
-    ELEMENTWISE,
     LAST_DIM,
     Dim,
     argument_names,
     at,
     aten,
     insert,
+    is_elementwise,
     is_one,
     is_tensor,
     operator_of,
@@ -138,7 +138,7 @@ def _plan(graph: fx.Graph, node: fx.Node, order: Order) -> _Plan | str:
     if moved == sorted(moved) and sizes is not None:
         return _Plan((), lambda _: insert(graph, aten.reshape.default, (node, sizes)))
     name = operator_of(node)
-    rule = _elementwise if name in ELEMENTWISE else _last_dim if name in LAST_DIM else _RULES.get(name)
+    rule = _elementwise if is_elementwise(node) else _last_dim if name in LAST_DIM else _RULES.get(name)
     plan = rule(graph, node, order) if rule is not None else None
     return plan or f"{node.name} ({name or node.op}) is computed in one order only"
 

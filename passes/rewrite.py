@@ -57,6 +57,11 @@ def argument_names(operator: OpOverload) -> list[str]:
     return [entry.name for entry in operator._schema.arguments]  # pyright: ignore[reportPrivateUsage]
 
 
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether the result at an index depends on the operands at that index alone, after broadcasting."""
+    return operator_of(node) in ELEMENTWISE or node.target in (aten.min.other, aten.max.other)
+
+
 def is_tensor(node: Any) -> TypeGuard[fx.Node]:
     """Whether `node` is a node that gives one tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
@@ -87,6 +92,11 @@ def same_dim(a: Dim, b: Dim) -> bool:
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b
     return bool(a.node.expr == b.node.expr)
+
+
+def counted(shape: Sequence[Dim]) -> list[Dim]:
+    """The sizes of `shape` that are not 1."""
+    return [dim for dim in shape if not is_one(dim)]
 
 
 def same_shape(a: Sequence[Dim], b: Sequence[Dim]) -> bool:

@@ -7,6 +7,7 @@ The way from each attention's q and k up to its projection is cut wherever all d
 value. Between two cuts where tables enter, the region is evaluated on random numbers at positions up to
 the longest context and compared with every form of rope. Only operators that are linear in the data are
 let in, so that agreement on random numbers is agreement everywhere. The cosine and sine tables then die.
+A model of low precision rounds its tables; `llmc.rope` does not, which the report calls a loss.
 """
 
 from __future__ import annotations
@@ -21,10 +22,23 @@ from torch import Tensor, fx
 from ..ir.program import Program
 from ..ir.weights import Constant, Expr
 from ..spec.history import Decision
-from .base import Contract, PassContext, PassReport, PassResult, Stage, Within, expect_option
+from .base import Contract, Lossy, PassContext, PassReport, PassResult, Stage, Within, expect_option
 from .graph import calls, erase_dead, fresh_name, read_weight
 from .regions import Regions, raised, same_structure
-from .rewrite import aten, dtype_of, insert, is_tensor, llmc, operator_of, replace, same_shape, shape_of
+from .rewrite import (
+    Dim,
+    aten,
+    counted,
+    dtype_of,
+    insert,
+    is_tensor,
+    llmc,
+    operator_of,
+    replace,
+    reshape_sizes,
+    same_shape,
+    shape_of,
+)
 from .rope_probe import RopeForm, probe_positions, recognise_rope
 from .simplify import SIMPLE
 from .simplify_rules import permuted
@@ -84,6 +98,7 @@ class Rope:
             matches=len(search.found),
             decisions=tuple(_decisions(search.found)),
             misses=tuple(search.misses),
+            contract=None if program.spec.compute_dtype == "float32" else Lossy(),
         )
         weights = program.weights.with_entries(editor.added)
         return PassResult(program=program.replace(graph=graph, weights=weights), report=report)
@@ -170,12 +185,14 @@ class _Search:
         return all(operator_of(node) in _LINEAR for node in self._regions.between(bottom, top))
 
     def _comparable(self, bottom: fx.Node, top: fx.Node) -> bool:
-        """Whether both are floats of one shape, one dimension of which counts tokens."""
+        """Whether both are floats of one shape but for sizes of 1, one dimension of which counts tokens."""
         if not (is_tensor(bottom) and is_tensor(top) and dtype_of(top).is_floating_point):
             return False
-        if not dtype_of(bottom).is_floating_point or not same_shape(shape_of(bottom), shape_of(top)):
+        shape, wanted = shape_of(top), shape_of(bottom)
+        if not dtype_of(bottom).is_floating_point or not same_shape(counted(shape), counted(wanted)):
             return False
-        shape = shape_of(top)
+        if not same_shape(shape[-1:], wanted[-1:]) or reshape_sizes(wanted) is None:
+            return False
         symbolic = [index for index, dim in enumerate(shape) if not isinstance(dim, int)]
         return len(symbolic) == 1 and symbolic[0] < len(shape) - 1 and self._counts_tokens(shape[symbolic[0]])
 
@@ -199,7 +216,6 @@ class _Search:
             return f"{foreign.name} ({operator_of(foreign)}) is in the way"
         readers = [node for node in tables if self._frequencies(node) is not None]
         count = len(self._positions)
-        axis = next(index for index, dim in enumerate(shape_of(top)) if not isinstance(dim, int))
         sizes = [dim if isinstance(dim, int) else count for dim in shape_of(top)]
         x = torch.randn(sizes, generator=self._random)
         try:
@@ -207,8 +223,8 @@ class _Search:
         except (LookupError, RuntimeError) as error:
             return f"it cannot be evaluated ({str(error).splitlines()[0]})"
         form = recognise_rope(
-            _as_heads(x, axis),
-            _as_heads(raised(y), axis),
+            _as_heads(x, _token_axis(top)),
+            _as_heads(raised(y), _token_axis(nodes[-1])),
             self._positions,
             [self._frequencies(node) for node in readers],  # pyright: ignore[reportArgumentType]
             _numbers(nodes + tables),
@@ -221,6 +237,11 @@ class _Search:
         if value is None or not value.is_floating_point() or sum(size > 1 for size in value.shape) > 1:
             return None
         return value.float().flatten() if value.dim() else None
+
+
+def _token_axis(node: fx.Node) -> int:
+    """The one dimension of `node` that counts tokens."""
+    return next(index for index, dim in enumerate(shape_of(node)) if not isinstance(dim, int))
 
 
 def _as_heads(x: Tensor, axis: int) -> Tensor:
@@ -252,21 +273,20 @@ class _Editor:
 
     def put(self, found: _Found) -> None:
         """Compute `found.bottom` by one rope from `found.top`."""
-        shape = shape_of(found.top)
-        axis = next(index for index, dim in enumerate(shape) if not isinstance(dim, int))
-        ahead = [axis, *(dim for dim in range(len(shape)) if dim != axis)]
-        back = sorted(range(len(shape)), key=ahead.__getitem__)
+        rank, axis = len(shape_of(found.top)), _token_axis(found.top)
+        ahead = [axis, *(dim for dim in range(rank) if dim != axis)]
+        back = sorted(range(rank), key=ahead.__getitem__)
         inv_freq = self._vector(found.inv_freq, found.form.backward)
         with self._graph.inserting_after(found.bottom):
             marker = self._graph.call_function(llmc.rope.default, (found.top,))
         with self._graph.inserting_before(marker):
             x = permuted(found.top, ahead)
-            heads = self._reshaped(x, [-1, prod(_static(x)[:-1]), _static(x)[-1]])
+            heads = self._reshaped(x, (shape_of(x)[0], prod(_static(x)[:-1]), _static(x)[-1]))
             form = found.form
             args = (heads, self._positions, inv_freq, form.scale, form.style, form.tail)
             rotated = insert(self._graph, llmc.rope.default, args, like=heads.meta["val"])
-            same = self._reshaped(rotated, [-1, *_static(x)])
-            y = permuted(same, back)
+            y = permuted(self._reshaped(rotated, shape_of(x)), back)
+            y = self._reshaped(y, shape_of(found.bottom))
             if dtype_of(y) != dtype_of(found.bottom):
                 value = found.bottom.meta["val"]
                 cast = aten._to_copy.default
@@ -274,9 +294,10 @@ class _Editor:
         self._graph.erase_node(marker)
         replace(found.bottom, y)
 
-    def _reshaped(self, x: fx.Node, sizes: list[int]) -> fx.Node:
-        if len(sizes) == len(shape_of(x)):
+    def _reshaped(self, x: fx.Node, shape: tuple[Dim, ...]) -> fx.Node:
+        if same_shape(shape, shape_of(x)):
             return x
+        sizes = reshape_sizes(shape)
         value = x.meta["val"].reshape(sizes)
         return insert(self._graph, aten.reshape.default, (x, sizes), like=value)
 

@@ -16,9 +16,11 @@ from .graph import argument
 from .rewrite import (
     CASTS,
     COPIES,
+    LAST_DIM,
     RESHAPES,
     at,
     aten,
+    counted,
     dtype_of,
     insert,
     is_one,
@@ -37,13 +39,20 @@ def simplified(node: fx.Node) -> fx.Node | None:
     """An equal, simpler node for `node`, or None when it is simple."""
     name = operator_of(node)
     if name in COPIES:
-        return _source(node)
+        return None if _needs_strides(node) else _source(node)
     if name in CASTS:
         return _cast(node)
     if name in RESHAPES:
         return _reshape(node)
+    if name in LAST_DIM or name == "linear":
+        return _without_leading_ones(node)
     rule = _RULES.get(name)
     return rule(node) if rule is not None else None
+
+
+def _needs_strides(copy: fx.Node) -> bool:
+    """Whether a user reads memory as another type, which takes the strides that the copy made."""
+    return any(operator_of(user) == "view_as_complex" for user in copy.users)
 
 
 def permuted(source: fx.Node, dims: list[int]) -> fx.Node:
@@ -182,6 +191,23 @@ def _part(node: fx.Node) -> fx.Node | None:
 def _first_input(node: fx.Node) -> fx.Node | None:
     source = node.args[0] if node.args else None
     return source if isinstance(source, fx.Node) else None
+
+
+def _without_leading_ones(node: fx.Node) -> fx.Node | None:
+    """An operator along the last dimension, before rather than behind a reshape that puts a 1 in front."""
+    view = node.args[0]
+    if operator_of(view) != "reshape" or not is_tensor(view) or not is_one(shape_of(view)[0]):
+        return None
+    source = _source(view)
+    shape, before = shape_of(view), shape_of(source)
+    sizes = reshape_sizes(shape_of(node))
+    if sizes is None or not same_shape(shape[-1:], before[-1:]):
+        return None
+    if rank_of(source) >= rank_of(view) or not same_shape(counted(shape), counted(before)):
+        return None
+    earlier = node.graph.node_copy(node, lambda operand: source if operand is view else operand)
+    earlier.meta["val"] = node.meta["val"].new_empty((*before[:-1], shape_of(node)[-1]))
+    return insert(node.graph, aten.reshape.default, (earlier, sizes), like=node.meta["val"])
 
 
 def _expand(node: fx.Node) -> fx.Node | None:
