@@ -80,3 +80,42 @@ def test_tokens_do_not_depend_on_company(name, sources, request_of, drained):
     if name == "plain":
         assert stats["preempted"].num_preemptions > 0
         assert sum(stats["drafted"].drafted_at) > 0
+
+
+@pytest.mark.parametrize(
+    "model", ["stories_1m", pytest.param("stories_7m", marks=pytest.mark.slow)], ids=["1m", "7m"]
+)
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["prefix cache", "no prefix cache"])
+@pytest.mark.parametrize("tight", [False, True], ids=["roomy", "preempted"])
+def test_a_real_model_in_random_company(
+    model, prefix_cache, tight, request, build_llama, request_of, drained
+):
+    """Requests arrive while others run, in chunks of every size, with pages for all or for few."""
+    source = source_of_program(build_llama(request.getfixturevalue(model)))
+    requests = requests_for(request_of, source.spec.vocab_size, seed=4, count=8)
+    alone = {}
+    for one in requests:
+        alone |= tokens_of(source, [one], drained, prefix_cache=False)[0]
+    preemptions = 0
+    for seed in range(3):
+        rng = random.Random(seed)
+        config = RuntimeConfig(
+            max_requests=rng.choice([4, 8]),
+            max_step_tokens=rng.choice([9, 33, 150]),
+            prefix_cache=prefix_cache,
+            cache_bytes=source.cache.bytes_per_token * 16 * 12 if tight else 0,
+            max_model_len=112,
+            num_threads=2,
+        )
+        engine = Engine(make_executor(source, config), config)
+        ended = {}
+        for one in rng.sample(requests, len(requests)):
+            engine.add_request(one)
+            for _ in range(rng.randrange(3)):
+                for output in engine.step():
+                    if output.finished is not None:
+                        ended[output.request_id] = output.finished
+        ended |= drained(engine)
+        preemptions += engine.stats.num_preemptions
+        assert {number: finished.output_token_ids for number, finished in ended.items()} == alone
+    assert bool(preemptions) == tight
