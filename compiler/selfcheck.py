@@ -1,36 +1,41 @@
-"""Does a traced program compute what transformers computes? Asked of a small model of the same kind, with
+"""Does a compiled program compute what transformers computes? Asked of a small model of the same kind, with
 random weights, each time something is compiled. Knows no checkpoint and no artifact."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ir.interpret import interpret
 from ..ir.program import Program
 from ..ir.weights import Constant, Unbound
-from ..spec.errors import CheckFailed
+from ..passes.base import PAGED, Pass, PassContext
+from ..passes.canonical import canonical_passes
+from ..passes.kv_layout import KvLayout
+from ..passes.manager import run_passes
+from ..passes.paged_attention import PagedAttention
+from ..spec.errors import CheckFailed, InternalError
 from .facts import context_limit
-from .hf import adapter
-from .hf.rotary import settle_longrope
+from .hf.reference import Reference, eager_reference
+from .schedule import run_mixed, run_packed
 from .shrink import shrink
-from .trace import quiet, trace_config
+from .trace import trace_config
 
 TOLERANCE = 1e-5
-# Longer and shorter than the windows of a small config (8), than a page, and a single token.
+# Longer and shorter than the windows of a small config (8 tokens) and than a page; one single token.
 _LENGTHS = (5, 23, 1, 40)
-_NOISE = 0.05
+_PAGE_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfCheckReport:
-    """How far a traced program is from transformers: `max|a - b| / max|b|` over all logits, in float32.
+    """How far a program is from transformers: `max|a - b| / max|b|` over all logits, in float32.
 
-    `packed_error` is of one packed step through `llmc.attention`.
+    `packed_error` is of the traced program in one packed step, `mixed_error` of the program after its
+    passes in `num_steps` steps that mix chunks of prompts with single tokens.
     """
 
     family: str
@@ -38,127 +43,101 @@ class SelfCheckReport:
     num_nodes: int
     num_sequences: int
     num_tokens: int
+    num_steps: int
     packed_error: float
+    mixed_error: float
     tolerance: float
 
     @property
     def max_rel_error(self) -> float:
         """The largest error seen."""
-        return self.packed_error
+        return max(self.packed_error, self.mixed_error)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """Sequences, and what transformers' eager model says to each alone: logits `[tokens, vocab]`."""
-
-    token_ids: tuple[tuple[int, ...], ...]
-    logits: tuple[Tensor, ...]
-    weights: Mapping[str, Tensor]
-
-    @property
-    def scale(self) -> float:
-        """The largest logit by magnitude."""
-        return max(float(part.abs().max()) for part in self.logits)
+def default_passes() -> tuple[Pass, ...]:
+    """What every recipe does: the canonical form, and attention over pages."""
+    return (*canonical_passes(), KvLayout(page_tokens=_PAGE_TOKENS), PagedAttention())
 
 
 def self_check(
-    config: Any, *, max_context: int | None = None, tolerance: float = TOLERANCE, seed: int = 0
+    config: Any,
+    *,
+    max_context: int | None = None,
+    passes: Sequence[Pass] | None = None,
+    context: PassContext | None = None,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
 ) -> SelfCheckReport:
-    """Trace `config` shrunk, with random weights, and compare with transformers' eager model in float32.
+    """Trace `config` shrunk, run `passes`, and compare with transformers' eager model in float32.
 
-    `max_context` is the compile's (it decides longrope factors). Raises CheckFailed naming the first
-    sequence and position that differ by more than `tolerance` of the largest logit, ModelError as
-    `trace_config` does.
+    `max_context` is the compile's (it settles longrope). `passes` must end in a paged program; the
+    default is `default_passes()`. Takes seconds. Raises CheckFailed naming the first sequence and
+    position that differ by more than `tolerance` of the largest logit, ModelError as `trace_config`
+    does.
     """
-    context = context_limit(config, max_context)
+    limit = context_limit(config, max_context)
     small = shrink(config)
-    program = trace_config(small, dtype=torch.float32, max_context=context)
-    reference = reference_logits(small, context, seed)
-    bound = bind_weights(program, reference.weights)
-    error = compare(reference, run_packed(bound, reference.token_ids), tolerance, "one packed step")
+    traced = trace_config(small, dtype=torch.float32, max_context=limit)
+    reference = eager_reference(small, _LENGTHS, max_context=limit, seed=seed)
+    packed = run_packed(bind_weights(traced, reference.weights), reference.token_ids)
+    packed_error = compare(reference, packed, tolerance, "one packed step of the traced program")
+    paged = run_passes(traced, default_passes() if passes is None else passes, context or PassContext())
+    if PAGED not in paged.facts:
+        raise InternalError(
+            "check.not_paged",
+            "The self-check was given passes that do not page attention.",
+            f"The program has the facts {', '.join(sorted(paged.facts))}.",
+            "Give it all passes up to paged_attention.",
+        )
+    mixed = run_mixed(bind_weights(paged, reference.weights), reference.token_ids, seed=seed)
+    mixed_error = compare(reference, mixed.logits, tolerance, "mixed steps of the paged program")
     return SelfCheckReport(
-        family=program.spec.family,
-        num_layers=program.spec.num_layers,
-        num_nodes=program.num_nodes,
+        family=traced.spec.family,
+        num_layers=traced.spec.num_layers,
+        num_nodes=traced.num_nodes,
         num_sequences=len(reference.token_ids),
         num_tokens=sum(len(ids) for ids in reference.token_ids),
-        packed_error=error,
+        num_steps=mixed.num_steps,
+        packed_error=packed_error,
+        mixed_error=mixed_error,
         tolerance=tolerance,
     )
 
 
-def reference_logits(config: Any, max_context: int, seed: int) -> Reference:
-    """Run transformers' eager model of `config` on random sequences, its weights made non-trivial."""
-    with torch.random.fork_rng(devices=[]), quiet(), torch.no_grad():
-        torch.manual_seed(seed)
-        model = adapter.build_model(config, torch.float32, implementation="eager")
-        settle_longrope(model, max_context)
-        disturb(model)
-        vocab = int(config.vocab_size)
-        ids = [torch.randint(min(3, vocab - 1), vocab, (length,)) for length in _LENGTHS]
-        logits = [_eager(model, sequence) for sequence in ids]
-        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return Reference(
-        token_ids=tuple(tuple(int(token) for token in sequence) for sequence in ids),
-        logits=tuple(logits),
-        weights=weights,
-    )
-
-
-def disturb(model: nn.Module) -> None:
-    """Add noise to every parameter and stored bias, so that norms, biases and sinks are not 1 and 0."""
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * _NOISE)
-    stored = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        if name in stored and buffer.is_floating_point():
-            buffer.add_(torch.randn_like(buffer) * _NOISE)
-
-
-def _eager(model: nn.Module, ids: Tensor) -> Tensor:
-    positions = torch.arange(len(ids))
-    output: Any = model(**adapter.forward_arguments(ids[None], positions[None], None))
-    return output.logits[0]
-
-
 def bind_weights(program: Program, values: Mapping[str, Tensor]) -> Program:
-    """`program` with every `Unbound` weight replaced by the value of its name."""
+    """`program` with every `Unbound` weight, inside expressions too, replaced by the value of its name."""
     store = program.weights
-    entries = {name: Constant(values[name]) for name in store if isinstance(store[name], Unbound)}
-    return program.replace(weights=store.with_entries(entries))
+    return program.replace(weights=store.with_entries({name: _bound(store[name], values) for name in store}))
 
 
-def run_packed(program: Program, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits `[tokens, vocab]` of each sequence, all of them run in one step."""
-    lengths = [len(ids) for ids in sequences]
-    inputs = {
-        "input_ids": torch.tensor([token for ids in sequences for token in ids]),
-        "positions": torch.cat([torch.arange(length) for length in lengths]),
-        "out_rows": torch.arange(sum(lengths)),
-    }
-    logits: Tensor = interpret(program.graph, inputs, program.weights.evaluate)
-    return list(logits.split(lengths))
+def _bound(expr: Any, values: Mapping[str, Tensor]) -> Any:
+    if isinstance(expr, Unbound):
+        return Constant(values[expr.name])
+    if isinstance(expr, tuple):
+        return tuple(_bound(part, values) for part in expr)
+    if isinstance(expr, Constant) or not is_dataclass(expr) or isinstance(expr, type):
+        return expr
+    return replace(expr, **{entry.name: _bound(getattr(expr, entry.name), values) for entry in fields(expr)})
 
 
-def compare(reference: Reference, found: Sequence[Tensor], tolerance: float, how: str) -> float:
+def compare(reference: Reference, found: Sequence[Tensor], tolerance: float, where: str) -> float:
     """The largest difference over the largest logit. Raises CheckFailed when it exceeds `tolerance`."""
     scale, worst = reference.scale, 0.0
     for index, (expected, actual) in enumerate(zip(reference.logits, found, strict=True)):
         error = (actual - expected).abs().amax(-1) / scale
         if not bool((error <= tolerance).all()):
             position = int((~(error <= tolerance)).nonzero()[0])
-            raise _difference(index, len(expected), position, float(error[position]), tolerance, how)
+            raise _difference(where, index, position, float(error.max()), tolerance)
         worst = max(worst, float(error.max()))
     return worst
 
 
-def _difference(
-    sequence: int, length: int, position: int, error: float, tolerance: float, how: str
-) -> CheckFailed:
+def _difference(where: str, sequence: int, position: int, error: float, tolerance: float) -> CheckFailed:
+    length = _LENGTHS[sequence]
     return CheckFailed(
         "check.self",
-        "The traced model does not compute what transformers computes.",
-        f"In {how}, logits of sequence {sequence} ({length} tokens) first differ at position {position}, "
-        f"by {error:.1e} of the largest logit where {tolerance:.0e} is allowed.",
+        "The compiled form of this model does not compute what transformers computes.",
+        f"In {where}, sequence {sequence} of {length} tokens differs from position {position} on, by up to "
+        f"{error:.1e} of the largest logit where {tolerance:.0e} is allowed.",
         "Report the model family; its compiled form would give wrong text.",
     )

@@ -3,10 +3,6 @@ Knows the order of steps; the names of transformers are `hf`'s business, what gr
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +21,7 @@ from .hf.experts import ExpertRecorder
 from .hf.masks import mask_spec
 from .hf.norms import use_norm_operators
 from .hf.parameters import use_fake_parameters, weightless_construction
+from .hf.quiet import quiet
 from .hf.ragged import Ragged
 from .hf.refusals import attention_error, refuse_config, refuse_model
 from .hf.rotary import settle_longrope
@@ -137,19 +134,3 @@ def _construction_error(name: str, error: Exception) -> ModelError:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
-
-
-@contextmanager
-def quiet() -> Generator[None]:
-    """Hold back what torch.export and transformers say about their own internals."""
-    loggers = [logging.getLogger("transformers"), logging.getLogger("torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -305,6 +305,8 @@ FAMILIES: tuple[Family, ...] = (
             "no_rope_layers": [1, 1, 1, 0],
             "moe_layers": [1, 3],
         },
+        refused="model.trace",
+        note="counts tokens instead of reading positions",
     ),
     _family(
         "lfm2",

@@ -91,6 +91,11 @@ def hidden_size(config: Any) -> int:
     return int(config.hidden_size)
 
 
+def vocab_size(config: Any) -> int:
+    """Number of token ids."""
+    return int(config.vocab_size)
+
+
 def token_ids(config: Any, name: str) -> tuple[int, ...]:
     """The ids of special token `name` (`bos`, `eos`, `pad`), however the config writes them."""
     value = getattr(config, f"{name}_token_id", None)
