@@ -5,7 +5,7 @@ A package adds a pass by an entry point of group `llmc.passes` that names the cl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
 
 from ..spec.errors import RecipeError
@@ -89,6 +89,9 @@ def _load(entry: EntryPoint) -> type[Pass]:
     missing = [member for member in _MEMBERS if not hasattr(kind, member)]
     if missing:
         raise _bad_plugin(entry, f"It is no pass: it has no {missing[0]!r}.")
+    undocumented = [field.name for field in fields(kind) if "doc" not in field.metadata]
+    if undocumented:
+        raise _bad_plugin(entry, f"Its field {undocumented[0]!r} is not made with `option`.")
     return kind
 
 
