@@ -29,7 +29,7 @@ LLMC_END
 
 // The C ABI of a generated unit. `open` starts an engine's threads; `step` runs one step on them and returns
 // 0, or -1 when `count` is not the number of fields that this unit expects.
-#define LLMC_EXPORT_STEP(StepType, run, version)                                                     \
+#define LLMC_EXPORT_STEP(StepType, step_body, version)                                               \
   extern "C" __attribute__((visibility("default"))) int32_t llmc_abi_version() { return version; }   \
   extern "C" __attribute__((visibility("default"))) void* llmc_open(int32_t threads) {               \
     return new llmc::Pool(threads);                                                                  \
@@ -44,7 +44,7 @@ LLMC_END
     const StepType& step = *(const StepType*)fields;                                                 \
     ((llmc::Pool*)engine)->run([&](int tid, int nt, llmc::Barrier& barrier) {                        \
       llmc::FlushDenormals flush;                                                                    \
-      run(step, tid, nt, barrier);                                                                   \
+      step_body(step, tid, nt, barrier);                                                                \
     });                                                                                              \
     return 0;                                                                                        \
   }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from llmc.artifact.cpu import CpuLevel, CpuUnit
 from llmc.codegen.cpu.backend import cpu_weights, slot_name
 from llmc.codegen.cpu.source import MAX_THREADS, generate
@@ -51,7 +52,7 @@ def final_program(family):
     return run_passes(program, (*canonical_passes(), *fuse, *layout), PassContext())
 
 
-def cpu_model(program, folder, pages, num_threads=2):
+def cpu_model(program, folder, pages, num_threads=1):
     """The generated code of `program`, compiled for the best level of this machine."""
     source = generate(program, max_tokens=96, max_logit_rows=96)
     best = [level for level in LEVELS if level.features <= processor_features()][-1]

@@ -1,0 +1,329 @@
+"""The `llmc::` operators as calls of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+from torch import fx
+
+from ....spec.errors import TargetError
+from ....spec.quant import parse_scheme
+from ..emitter import Emitter, Lowering
+from ..matrix import CodeMatrix, Matrix, StoredMatrix
+from ..unit import Parameter, pointer
+from ..value import Size, Value, c_size, product
+from .elementwise import literal
+
+_ROPE_STYLES = {"half", "interleaved", "interleaved_to_half"}
+
+
+def call_kernel(
+    emitter: Emitter,
+    node: fx.Node,
+    kernel: str,
+    arguments: Sequence[str | Value | Size | int | float | None],
+    reads: Sequence[Value],
+    writes: Sequence[Value],
+) -> None:
+    """Statement `kernel(tid, nt, arguments...)`: values become pointers, sizes numbers, None a null."""
+    texts: list[str] = []
+    parameters: list[Parameter] = []
+    passed: list[str] = []
+    for argument in arguments:
+        if isinstance(argument, Value):
+            name = f"p{len(parameters)}"
+            constant = "" if argument.base in {value.base for value in writes} else "const "
+            parameters.append((f"{constant}{argument.ctype}*", name))
+            passed.append(pointer(argument))
+            texts.append(name)
+        elif isinstance(argument, sympy.Expr):
+            texts.append(c_size(argument))
+        elif argument is None:
+            texts.append("nullptr")
+        elif isinstance(argument, str) and argument.startswith(("llmc::plain::Rows", "llmc::plain::Codes")):
+            name = f"p{len(parameters)}"
+            kind, _, content = argument.partition("{")
+            parameters.append((kind, name))
+            passed.append(f"{kind}{{{content}")
+            texts.append(name)
+        else:
+            texts.append(argument if isinstance(argument, str) else literal(argument))
+    function = emitter.unit.function(
+        kernel.split("::")[-1].split("<")[0], parameters, f"  {kernel}(tid, nt, {', '.join(texts)});"
+    )
+    emitter.unit.call(emitter.comment(node), function, passed, reads, writes)
+
+
+def _matrix(emitter: Emitter, arg: Any) -> Matrix:
+    meta = arg.meta["val"]
+    if arg.op != "get_attr":
+        raise NotImplementedError("a matrix that is computed, not stored")
+    return StoredMatrix(str(arg.target), tuple(meta.shape), meta.dtype)
+
+
+def _codes(args: Sequence[Any], scheme: str, width: int) -> CodeMatrix:
+    codes, scales, zeros = args
+    return CodeMatrix(
+        codes=str(codes.target),
+        scales=str(scales.target),
+        zeros=None if zeros is None else str(zeros.target),
+        width=width,
+        stored_bytes=int(codes.meta["val"].shape[-1]),
+        scheme=parse_scheme(scheme),
+    )
+
+
+def _dense(emitter: Emitter, arg: Any, node: fx.Node) -> Value:
+    return emitter.contiguous(emitter.value(arg), node)
+
+
+def _optional(emitter: Emitter, arg: Any, node: fx.Node) -> Value | None:
+    return None if arg is None else _dense(emitter, arg, node)
+
+
+def _present(*values: Value | None) -> list[Value]:
+    return [value for value in values if value is not None]
+
+
+def _product(emitter: Emitter, node: fx.Node, matrix: Matrix, bias_arg: Any) -> Value:
+    x, bias = _dense(emitter, node.args[0], node), _optional(emitter, bias_arg, node)
+    out = emitter.output(node)
+    rows = product(x.shape[:-1])
+    sizes = [rows, out.shape[-1], x.shape[-1]]
+    arguments = [out, x, matrix.argument(emitter.slots), bias, *sizes]
+    call_kernel(emitter, node, "llmc::plain::linear", arguments, _present(x, bias), [out])
+    return out
+
+
+def _linear(emitter: Emitter, node: fx.Node) -> Value:
+    return _product(emitter, node, _matrix(emitter, node.args[1]), node.args[2])
+
+
+def _quantized_linear(emitter: Emitter, node: fx.Node) -> Value:
+    width = int(emitter.value(node.args[0]).shape[-1])
+    matrix = _codes(node.args[1:4], str(node.args[5]), width)
+    return _product(emitter, node, matrix, node.args[4])
+
+
+def _lookup(emitter: Emitter, node: fx.Node, matrix: Matrix) -> Value:
+    ids, out = _dense(emitter, node.args[0], node), emitter.output(node)
+    arguments = [out, ids, matrix.argument(emitter.slots), product(ids.shape), out.shape[-1]]
+    call_kernel(emitter, node, "llmc::plain::embedding", arguments, [ids], [out])
+    return out
+
+
+def _embedding(emitter: Emitter, node: fx.Node) -> Value:
+    return _lookup(emitter, node, _matrix(emitter, node.args[1]))
+
+
+def _quantized_embedding(emitter: Emitter, node: fx.Node) -> Value:
+    width: Any = node.args[5]
+    return _lookup(emitter, node, _codes(node.args[1:4], str(node.args[4]), width))
+
+
+def _norm(centre: bool, has_residual: bool) -> Lowering:
+    def lower(emitter: Emitter, node: fx.Node) -> Any:
+        args: list[Any] = list(node.args)
+        x = _dense(emitter, args.pop(0), node)
+        residual = _dense(emitter, args.pop(0), node) if has_residual else None
+        weight = _optional(emitter, args.pop(0), node)
+        bias = _optional(emitter, args.pop(0), node) if centre else None
+        eps, offset = args[0], args[1]
+        if has_residual:
+            out, total = emitter.output(node, 0), emitter.output(node, 1)
+        else:
+            out, total = emitter.output(node), None
+        sizes = [product(x.shape[:-1]), x.shape[-1]]
+        tail = [float(eps), float(offset), "true" if centre else "false"]
+        arguments = [out, total, x, residual, weight, bias, *sizes, *tail]
+        reads, writes = _present(x, residual, weight, bias), _present(out, total)
+        call_kernel(emitter, node, "llmc::plain::norm", arguments, reads, writes)
+        return out if total is None else (out, total)
+
+    return lower
+
+
+def _rotated(emitter: Emitter, node: fx.Node, arg: Any, out: Value, rest: Sequence[Any]) -> Value:
+    """`rest` = positions, inv_freq, scale, style, tail."""
+    x, positions, inv_freq = emitter.value(arg), emitter.value(rest[0]), emitter.value(rest[1])
+    if x.strides[2] != 1:
+        x = emitter.contiguous(x, node)
+    style = str(rest[3])
+    assert style in _ROPE_STYLES
+    sizes = [*x.shape[:3], inv_freq.shape[0]]
+    tail = [float(rest[2]), f"llmc::plain::RopeStyle::{style}", "true" if rest[4] else "false"]
+    arguments = [out, x, x.strides[0], x.strides[1], positions, inv_freq, *sizes, *tail]
+    call_kernel(emitter, node, "llmc::plain::rope", arguments, [x, positions, inv_freq], [out])
+    return out
+
+
+def _rope(emitter: Emitter, node: fx.Node) -> Value:
+    return _rotated(emitter, node, node.args[0], emitter.output(node), node.args[1:])
+
+
+def _store_rows(emitter: Emitter, node: fx.Node, x: Value, cache: Value, slots: Value) -> None:
+    if x.strides[2] != 1:
+        x = emitter.contiguous(x, node)
+    arguments = [cache, x, x.strides[0], x.strides[1], slots, *x.shape]
+    call_kernel(emitter, node, "llmc::plain::kv_write", arguments, [x, slots], [cache])
+
+
+def _kv_write(emitter: Emitter, node: fx.Node) -> Value:
+    k, v, k_cache, v_cache, slots = (emitter.value(arg) for arg in node.args[:5])
+    _store_rows(emitter, node, k, k_cache, slots)
+    _store_rows(emitter, node, v, v_cache, slots)
+    return Value("nullptr", "float", (sympy.Integer(0),), (sympy.Integer(1),))
+
+
+def _rope_kv_write(emitter: Emitter, node: fx.Node) -> tuple[Value, Value]:
+    args: list[Any] = list(node.args)
+    rotated_q = _rotated(emitter, node, args[0], emitter.output(node, 0), args[3:8])
+    k = emitter.value(args[1])
+    rotated_k = emitter.buffer(f"{node.name}_k", "float", k.shape)
+    _rotated(emitter, node, args[1], rotated_k, args[3:8])
+    k_cache, v_cache, slots = (emitter.value(arg) for arg in args[8:11])
+    _store_rows(emitter, node, rotated_k, k_cache, slots)
+    _store_rows(emitter, node, emitter.value(args[2]), v_cache, slots)
+    return rotated_q, Value("nullptr", "float", (sympy.Integer(0),), (sympy.Integer(1),))
+
+
+def _paged_attention(emitter: Emitter, node: fx.Node) -> Value:
+    args: list[Any] = list(node.args)
+    q, k_cache, v_cache = (emitter.value(arg) for arg in args[:3])
+    table, starts, positions = (emitter.value(arg) for arg in args[4:7])
+    sinks = None if args[7] is None else emitter.value(args[7])
+    scale, window, softcap, chunk = args[8:12]
+    if q.strides[2] != 1:
+        q = emitter.contiguous(q, node)
+    out = emitter.output(node)
+    sizes = [q.shape[1], k_cache.shape[2], q.shape[2], v_cache.shape[3], k_cache.shape[1]]
+    shape = ", ".join(
+        [
+            *(c_size(size) for size in sizes),
+            str(window),
+            str(chunk),
+            literal(float(scale)),
+            literal(float(softcap)),
+        ]
+    )
+    arguments = [
+        *(out, q, q.strides[0], q.strides[1], k_cache, v_cache, table, table.shape[1], starts, positions),
+        *(sinks, sympy.Symbol("S"), q.shape[0], f"llmc::plain::AttentionShape{{{shape}}}"),
+    ]
+    reads = _present(q, k_cache, v_cache, table, starts, positions, sinks)
+    call_kernel(emitter, node, "llmc::plain::paged_attention", arguments, reads, [out])
+    return out
+
+
+_ACTIVATION_TEXT = {
+    "silu": "{g} / (1.0f + std::exp(-{g}))",
+    "gelu": "0.5f * {g} * (1.0f + std::erf({g} * 0.7071067811865476f))",
+    "gelu_tanh": "0.5f * {g} * (1.0f + std::tanh(0.7978845608028654f * ({g} + 0.044715f * {g} * {g} * {g})))",
+    "relu": "({g} > 0 ? {g} : 0)",
+    "relu2": "({g} > 0 ? {g} * {g} : 0)",
+    "sigmoid": "1.0f / (1.0f + std::exp(-{g}))",
+    "identity": "{g}",
+}
+
+
+def activation_text(name: str, gate: str) -> str:
+    """C++ for an activation of `gate`. Raises TargetError for one this target has no form of."""
+    if name not in _ACTIVATION_TEXT:
+        raise TargetError(
+            "cpu.activation",
+            f"The model uses the activation {name!r}.",
+            f"The CPU target knows: {', '.join(sorted(_ACTIVATION_TEXT))}.",
+            "Compile with --target reference, and report the model.",
+        )
+    return "(" + _ACTIVATION_TEXT[name].replace("{g}", gate) + ")"
+
+
+def _gated(emitter: Emitter, node: fx.Node) -> Value:
+    operands = [emitter.value(arg) for arg in node.args[:2]]
+    out = emitter.output(node)
+    emitter.loop(emitter.comment(node), out, operands, activation_text(str(node.args[2]), "{0}") + " * {1}")
+    return out
+
+
+def _gated_packed(emitter: Emitter, node: fx.Node) -> Value:
+    packed = emitter.value(node.args[0])
+    out = emitter.output(node)
+    width = out.shape[-1]
+    gate = packed.viewed(out.shape, packed.strides)
+    up = packed.viewed(out.shape, packed.strides, width * packed.strides[-1])
+    text = activation_text(str(node.args[1]), "{0}") + " * {1}"
+    emitter.loop(emitter.comment(node), out, [gate, up], text)
+    return out
+
+
+def _moe_activation(name: str, width: Size, interleaved: bool, alpha: float, limit: float) -> str:
+    """A lambda `(gated, hidden)` that applies the experts' activation to one token."""
+    if name.startswith("plain:"):
+        gate, body = "hidden[f]", activation_text(name.removeprefix("plain:"), "g")
+        up = "0"
+    else:
+        gate = "hidden[2*f]" if interleaved else "hidden[f]"
+        up = "hidden[2*f + 1]" if interleaved else f"hidden[f + {c_size(width)}]"
+        body = "(u + 1) * (g * (1.0f / (1.0f + std::exp(-g * a))))" if name == "clamped_swiglu" else (
+            activation_text(name, "g") + " * u")  # fmt: skip
+    clamp = ""
+    if name == "clamped_swiglu":
+        clamp = (
+            f"const float a = {literal(alpha)}, m = {literal(limit)}; "
+            "g = llmc::min2(g, m); u = llmc::max2(llmc::min2(u, m), -m); "
+        )
+    return (
+        f"[&](float* gated, const float* hidden) {{ for (int64_t f = 0; f < {c_size(width)}; ++f) "
+        f"{{ float g = {gate}, u = {up}; (void)u; {clamp}gated[f] = {body}; }} }}"
+    )
+
+
+def _experts(
+    emitter: Emitter,
+    node: fx.Node,
+    gate_up: Matrix,
+    down: Matrix,
+    rest: Sequence[Any],
+    sizes: tuple[int, int],
+) -> Value:
+    """`rest` = gate_up_bias, down_bias, activation, interleaved, alpha, limit; `sizes` = (U, F)."""
+    x, ids, weights = (_dense(emitter, arg, node) for arg in node.args[:3])
+    up_bias, down_bias = (_optional(emitter, arg, node) for arg in rest[:2])
+    hidden, width = (sympy.Integer(size) for size in sizes)
+    out = emitter.output(node)
+    scratch = emitter.buffer(f"{node.name}_scratch", "float", (sympy.Symbol("NT"), hidden + width))
+    act = _moe_activation(str(rest[2]), width, bool(rest[3]), float(rest[4]), float(rest[5]))
+    counts = [product(ids.shape[:-1]), ids.shape[-1], x.shape[-1], width, hidden]
+    matrices = [gate_up.argument(emitter.slots), down.argument(emitter.slots)]
+    arguments = [out, x, ids, weights, *matrices, up_bias, down_bias, scratch, *counts, act]
+    reads = _present(x, ids, weights, up_bias, down_bias, scratch)
+    call_kernel(emitter, node, "llmc::plain::moe", arguments, reads, [out, scratch])
+    return out
+
+
+def _moe(emitter: Emitter, node: fx.Node) -> Value:
+    args: list[Any] = list(node.args)
+    gate_up, down = _matrix(emitter, args[3]), _matrix(emitter, args[4])
+    sizes = (int(args[3].meta["val"].shape[1]), int(args[4].meta["val"].shape[2]))
+    return _experts(emitter, node, gate_up, down, args[5:11], sizes)
+
+
+LOWERINGS: dict[str, Lowering] = {
+    "llmc.linear": _linear,
+    "llmc.quantized_linear": _quantized_linear,
+    "llmc.embedding": _embedding,
+    "llmc.quantized_embedding": _quantized_embedding,
+    "llmc.rms_norm": _norm(centre=False, has_residual=False),
+    "llmc.layer_norm": _norm(centre=True, has_residual=False),
+    "llmc.add_rms_norm": _norm(centre=False, has_residual=True),
+    "llmc.add_layer_norm": _norm(centre=True, has_residual=True),
+    "llmc.rope": _rope,
+    "llmc.kv_write": _kv_write,
+    "llmc.rope_kv_write": _rope_kv_write,
+    "llmc.paged_attention": _paged_attention,
+    "llmc.gated_activation": _gated,
+    "llmc.gated_activation_packed": _gated_packed,
+    "llmc.moe": _moe,
+}
