@@ -1,0 +1,153 @@
+"""One compile from start to end: which stage follows which. What a stage does its module knows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..artifact.folder import check_free_name
+from ..artifact.schema import MANIFEST
+from ..artifact.writer import ArtifactWriter
+from ..codegen.base import backend_for
+from ..ir.program import Program
+from ..passes.base import PassContext
+from ..runtime.memory import available_memory_bytes
+from .bind import bind_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint, parse_dtype
+from .finish import finish_artifact, make_manifest
+from .ledger import Ledger, Progress, Silent
+from .pipeline import Compiled, Pipeline, check_on_twin, choose_pipeline, run_pipeline
+from .preflight import check_memory, compile_bytes, fit
+from .quality import Quality
+from .report import bits_per_weight
+from .request import CompileRequest
+from .result import CompileResult
+from .selfcheck import self_check
+from .source import find_model
+from .trace import trace_config
+
+
+def compile_model(
+    model: str | Path,
+    *,
+    output: str | Path | None = None,
+    quant: str | None = None,
+    target: str = "reference",
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    dtype: str | None = None,
+    kv_dtype: str | None = None,
+    max_model_len: int | None = None,
+    verify: str = "numerics",
+    force: bool = False,
+    dry_run: bool = False,
+    dump_ir: str | Path | None = None,
+    progress: Progress | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> CompileResult:
+    """Compile the Hugging Face folder (or cached hub id) `model` into an artifact.
+
+    The arguments are those of `CompileRequest`. With `dry_run` everything is decided and nothing is
+    loaded or written. Raises LlmcError subclasses: UsageError and RecipeError for what was asked,
+    ModelError for the model, TargetError for what this machine cannot do, CheckFailed when a check
+    says no. However it ends, the output is whole or as it was before.
+    """
+    request = CompileRequest(
+        model=str(model),
+        output=None if output is None else Path(output),
+        quant=quant,
+        target=target,
+        recipe=None if recipe is None else Path(recipe),
+        overrides=tuple(overrides),
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        max_model_len=max_model_len,
+        verify=verify,
+        force=force,
+        dry_run=dry_run,
+        dump_ir=None if dump_ir is None else Path(dump_ir),
+    )
+    request.validate()
+    return _compile(request, Ledger(clock, progress or Silent()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """What is known before anything is traced."""
+
+    checkpoint: Checkpoint
+    pipeline: Pipeline
+    dtype: torch.dtype
+
+
+def _compile(request: CompileRequest, ledger: Ledger) -> CompileResult:
+    opened = _open(request, ledger)
+    bound = _bind(request, opened, ledger)
+    context = _pass_context(request, bound)
+    if request.verify == "numerics" and not request.dry_run:
+        with ledger.stage("check a small twin"):
+            self_check(opened.checkpoint.config, max_context=request.max_model_len)
+            check_on_twin(opened.checkpoint.config, opened.pipeline, bound, context)
+    with ledger.stage("run passes"):
+        compiled = run_pipeline(opened.pipeline, bound, context, request, ledger)
+    backend = backend_for(request.parsed_target)
+    needed = backend.estimate_bytes(compiled.final, compiled.portable)
+    if request.dry_run:
+        return _result(request, compiled, ledger, size_bytes=needed, quality=None)
+    check_memory(compile_bytes(bound), available_memory_bytes())
+    with ArtifactWriter(request.output_path(), force=request.force, needed_bytes=needed) as writer:
+        with ledger.stage("write weights"):
+            backend.emit(
+                compiled.final,
+                compiled.portable,
+                writer,
+                lambda weight: ledger.progress.advance(weight.done_bytes, weight.total_bytes, weight.name),
+            )
+        quality = finish_artifact(request, opened.checkpoint, compiled, writer, ledger)
+        artifact = writer.commit(make_manifest(request, opened.checkpoint, compiled))
+    return _result(request, compiled, ledger, size_bytes=artifact.size_bytes, quality=quality)
+
+
+def _open(request: CompileRequest, ledger: Ledger) -> _Opened:
+    with ledger.stage("open the model"):
+        if not request.dry_run:
+            check_free_name(request.output_path(), MANIFEST, force=request.force)
+        pipeline = choose_pipeline(request)
+        checkpoint = open_checkpoint(find_model(request.model))
+        dtype = checkpoint.dtype if request.dtype is None else parse_dtype(request.dtype)
+        return _Opened(checkpoint=checkpoint, pipeline=pipeline, dtype=dtype)
+
+
+def _bind(request: CompileRequest, opened: _Opened, ledger: Ledger) -> Program:
+    with ledger.stage("trace"):
+        program = trace_config(
+            opened.checkpoint.config, dtype=opened.dtype, max_context=request.max_model_len
+        )
+    with ledger.stage("bind the weights"):
+        return bind_checkpoint(program, opened.checkpoint)
+
+
+def _pass_context(request: CompileRequest, program: Program) -> PassContext:
+    return PassContext(target=request.parsed_target, max_model_len=program.spec.max_context)
+
+
+def _result(
+    request: CompileRequest, compiled: Compiled, ledger: Ledger, *, size_bytes: int, quality: Quality | None
+) -> CompileResult:
+    return CompileResult(
+        path=request.output_path(),
+        target=request.parsed_target.name,
+        recipe=compiled.pipeline.name,
+        dry_run=request.dry_run,
+        seconds=ledger.total_seconds,
+        size_bytes=size_bytes,
+        bits_per_weight=bits_per_weight(compiled.final),
+        fit=fit(compiled.final, available_memory_bytes()),
+        quality=quality,
+        passes=compiled.passes,
+        ledger=tuple(ledger.stages),
+    )

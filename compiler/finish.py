@@ -1,0 +1,137 @@
+"""What an artifact holds beside programs and weights: tokenizer, oracle, report, manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+from .. import __version__
+from ..artifact.checksums import sha256_of
+from ..artifact.oracle import write_oracle
+from ..artifact.reader import Artifact
+from ..artifact.schema import (
+    REPORT,
+    TOKENIZER_FOLDER,
+    Manifest,
+    Provenance,
+    Recipe,
+    RecipeStep,
+    SourceFile,
+)
+from ..artifact.writer import ArtifactWriter
+from ..ir.program import Program
+from ..ir.weights import Reader, Source, WeightStore
+from ..passes.base import option_values
+from ..runtime.tokenizer import Tokenizer
+from ..spec.errors import InternalError
+from .checkpoint import Checkpoint
+from .ledger import Ledger
+from .oracle import make_oracle
+from .pipeline import Compiled, is_small
+from .quality import Quality, measure, probe_prompts
+from .report import encode_report, report_data
+from .request import CompileRequest
+from .source import source_name
+
+_TOOLS = ("torch", "transformers", "safetensors")
+
+
+def finish_artifact(
+    request: CompileRequest,
+    checkpoint: Checkpoint,
+    compiled: Compiled,
+    writer: ArtifactWriter,
+    ledger: Ledger,
+) -> Quality:
+    """Write everything that a backend leaves to the driver, and say how good the compiled model is.
+
+    Quality and oracle are measured on the files as written, so that what is judged is what ships. Of a large
+    model the quality is that of the portable program, which takes one step where the final one takes
+    several; what the lay-out stage adds is exact, and in the oracle.
+    """
+    for file in checkpoint.tokenizer.files:
+        writer.copy_file(f"{TOKENIZER_FOLDER}/{file.name}", "tokenizer", file)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    preview = writer.preview(make_manifest(request, checkpoint, compiled, hashed=False))
+    with ledger.stage("measure quality"):
+        prompts = probe_prompts(tokenizer, compiled.bound)
+        judged = compiled.final if is_small(compiled.bound) else compiled.portable
+        quality = measure(compiled.bound, as_written(judged, preview), prompts)
+        compiled.bound.weights.reader.close()
+    with ledger.stage("make the oracle"):
+        write_oracle(writer, make_oracle(preview, tokenizer.encode))
+    writer.write_bytes(
+        REPORT,
+        "report",
+        encode_report(
+            report_data(compiled.final, recipe=compiled.pipeline.name, verify=request.verify, quality=quality)
+        ),
+    )
+    return quality
+
+
+def as_written(program: Program, artifact: Artifact) -> Program:
+    """`program` with every weight read from the files of `artifact`, mapped."""
+    entries = {
+        name: Source(str(artifact.path / file), name, view.shape, program.weights[name].dtype)
+        for file, views in artifact.weight_files()
+        for name, view in views.items()
+        if name in program.weights
+    }
+    missing = [name for name in program.used_weights() if name not in entries]
+    if missing:
+        raise InternalError(
+            "compile.unwritten_weight",
+            f"The weight {missing[0]!r} was not written.",
+            f"The backend wrote {len(entries)} weights and the program reads {len(missing)} more.",
+            "Report this with the command that led to it.",
+        )
+    return program.replace(weights=WeightStore(entries, program.weights.ties, Reader()))
+
+
+def make_manifest(
+    request: CompileRequest, checkpoint: Checkpoint, compiled: Compiled, *, hashed: bool = True
+) -> Manifest:
+    """The manifest without its list of files; `hashed` says whether source files are hashed, which takes
+    as long as reading them."""
+    final = compiled.final
+    if final.cache is None:
+        raise InternalError(
+            "compile.no_cache_layout",
+            "The compiled program has no cache layout.",
+            "The recipe ran without the pass that makes one.",
+            "Add `kv_layout` and `paged_attention` to the recipe.",
+        )
+    steps = tuple(
+        RecipeStep(name=pass_.name, options=option_values(pass_)) for pass_ in compiled.pipeline.passes
+    )
+    return Manifest(
+        provenance=_provenance(request, checkpoint, hashed),
+        spec=final.spec,
+        recipe=Recipe(name=compiled.pipeline.name, steps=steps),
+        target=request.parsed_target,
+        cache=final.cache,
+        memory=final.memory,
+        capture=final.capture,
+        history=final.history,
+    )
+
+
+def _provenance(request: CompileRequest, checkpoint: Checkpoint, hashed: bool) -> Provenance:
+    weights = {tensor.path for tensor in checkpoint.tensors.values()}
+    files = sorted({checkpoint.folder / "config.json", *checkpoint.tokenizer.files, *weights})
+    return Provenance(
+        model=source_name(request.model),
+        llmc_version=__version__,
+        files=tuple(_source_files(files)) if hashed else (),
+        tools={name: metadata.version(name) for name in _TOOLS},
+    )
+
+
+def _source_files(paths: Iterable[Path]) -> Iterable[SourceFile]:
+    ordered = list(paths)
+    with ThreadPoolExecutor(thread_name_prefix="llmc-hash") as pool:
+        for path, digest in zip(ordered, pool.map(sha256_of, ordered), strict=True):
+            yield SourceFile(name=path.name, size_bytes=path.stat().st_size, sha256=digest)

@@ -1,0 +1,70 @@
+"""How long each stage of a compile took, from start to end, and who is told about it meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Told about stages as they begin and end, and about the work inside of one."""
+
+    def begin(self, stage: str) -> None:
+        """A stage has begun."""
+        ...
+
+    def advance(self, done: int, total: int, what: str) -> None:
+        """`done` of `total` units (bytes, or steps) of the current stage are behind us; `what` is next."""
+        ...
+
+    def end(self, stage: str, seconds: float) -> None:
+        """The stage is over."""
+        ...
+
+
+class Silent:
+    """A `Progress` that nobody sees."""
+
+    def begin(self, stage: str) -> None:
+        """Nothing."""
+
+    def advance(self, done: int, total: int, what: str) -> None:
+        """Nothing."""
+
+    def end(self, stage: str, seconds: float) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """One line of the ledger."""
+
+    stage: str
+    seconds: float
+
+
+class Ledger:
+    """Stages in the order they ran, with their seconds by the clock given (seconds, monotonic)."""
+
+    def __init__(self, clock: Callable[[], float], progress: Progress) -> None:
+        self.stages: list[StageTime] = []
+        self.progress = progress
+        self.clock = clock
+        self._started = clock()
+
+    @contextmanager
+    def stage(self, name: str) -> Generator[None]:
+        """Times a block as the stage `name`. A block that raises leaves no line."""
+        self.progress.begin(name)
+        started = self.clock()
+        yield
+        seconds = self.clock() - started
+        self.stages.append(StageTime(name, seconds))
+        self.progress.end(name, seconds)
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds since the ledger was opened."""
+        return self.clock() - self._started

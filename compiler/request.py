@@ -1,0 +1,84 @@
+"""What one compile was asked for, checked as far as words alone can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from ..spec.errors import UsageError
+from ..spec.target import Target, parse_target
+from .checkpoint import parse_dtype
+from .source import source_name
+
+VERIFY_LEVELS = ("off", "structure", "numerics")
+SUFFIX = ".llmc"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileRequest:
+    """The arguments of one compile. `quant` names a preset and `recipe` a YAML file, at most one of them;
+    `overrides` are `pass.option=value` texts; None for `dtype` and `kv_dtype` keeps the checkpoint's own
+    precision. `verify`: `off` checks nothing, `structure` each program's form, `numerics` also each pass's
+    numbers and the model's self-check.
+    """
+
+    model: str
+    output: Path | None = None
+    quant: str | None = None
+    target: str = "reference"
+    recipe: Path | None = None
+    overrides: Sequence[str] = ()
+    dtype: str | None = None
+    kv_dtype: str | None = None
+    max_model_len: int | None = None
+    verify: str = "numerics"
+    force: bool = False
+    dry_run: bool = False
+    dump_ir: Path | None = None
+
+    def validate(self) -> None:
+        """Raises UsageError for values that cannot be meant, TargetError for an unknown target."""
+        if self.verify not in VERIFY_LEVELS:
+            raise _unknown("verification level", self.verify, VERIFY_LEVELS)
+        if self.dtype is not None:
+            parse_dtype(self.dtype)
+        if self.quant is not None and self.recipe is not None:
+            raise UsageError(
+                "usage.quant_and_recipe",
+                "Both a preset and a recipe file were given.",
+                "A preset is a recipe of its own, so only one of --quant and --recipe can hold.",
+                f"Edit the preset instead: `llmc recipe show {self.quant} > my.yaml`.",
+            )
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise UsageError(
+                "usage.max_model_len",
+                f"The maximum model length is {self.max_model_len}.",
+                "It is a number of tokens, at least 1.",
+                "Choose another --max-model-len.",
+            )
+        parse_target(self.target)
+
+    @property
+    def parsed_target(self) -> Target:
+        """The target asked for."""
+        return parse_target(self.target)
+
+    def output_path(self) -> Path:
+        """Where the artifact goes: as asked for, or named after the model, preset and dtype, here."""
+        if self.output is not None:
+            return self.output
+        recipe = self.recipe.stem if self.recipe is not None else self.quant
+        parts = [source_name(self.model), *(part for part in (recipe, self.dtype) if part is not None)]
+        return Path("-".join(parts) + SUFFIX)
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> UsageError:
+    close = get_close_matches(name, known, n=1)
+    return UsageError(
+        f"usage.{what.replace(' ', '_')}",
+        f"There is no {what} {name!r}.",
+        f"There are: {', '.join(known)}.",
+        f"Did you mean {close[0]}?" if close else "Choose one of these.",
+    )

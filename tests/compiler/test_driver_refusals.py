@@ -1,0 +1,169 @@
+"""A compile that cannot succeed says so, by name, and leaves the disk as it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+
+import llmc.compiler.driver as driver
+from llmc.artifact import folder as artifact_folder
+from llmc.compiler.driver import compile_model
+from llmc.compiler.ledger import Silent
+from llmc.ir.weights import Reader
+from llmc.spec.errors import LlmcError, ModelError, RecipeError, TargetError, UsageError
+
+
+def refusal(kind, model, output, **options):
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(kind) as caught:
+        compile_model(model, output=output, verify="off", **options)
+    assert sorted(output.parent.iterdir()) == before
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "fragments"),
+    [
+        ({"quant": "int44"}, RecipeError, ["int44", "int4"]),
+        ({"overrides": ["kv_layuot.page_tokens=16"]}, RecipeError, ["kv_layuot", "kv_layout"]),
+        ({"overrides": ["kv_layout.page_token=16"]}, RecipeError, ["page_token", "page_tokens"]),
+        ({"overrides": ["kv_layout.page_tokens=many"]}, RecipeError, ["many"]),
+        ({"overrides": ["nonsense"]}, RecipeError, ["nonsense"]),
+        ({"target": "refrence"}, TargetError, ["refrence", "reference"]),
+        ({"dtype": "float33"}, UsageError, ["float33", "float32"]),
+        ({"verify": "numeric"}, UsageError, ["numeric", "numerics"]),
+        ({"max_model_len": 0}, UsageError, ["0"]),
+        ({"max_model_len": 4096}, ModelError, ["4096", "512"]),
+        ({"quant": "int4", "recipe": "my.yaml"}, UsageError, ["--quant", "--recipe"]),
+    ],
+)
+def test_what_does_not_exist_is_named_with_the_closest(stories_1m, tmp_path, options, kind, fragments):
+    error = refusal(kind, stories_1m, tmp_path / "out.llmc", **options)
+    assert all(fragment in str(error) for fragment in fragments), str(error)
+
+
+def test_an_existing_output_stays(stories_1m, tmp_path):
+    output = tmp_path / "out.llmc"
+    output.mkdir()
+    (output / "precious.txt").write_text("mine")
+    assert refusal(UsageError, stories_1m, output).code == "artifact.exists"
+    assert refusal(UsageError, stories_1m, output, force=True).code == "artifact.not_an_artifact"
+    assert (output / "precious.txt").read_text() == "mine"
+
+
+def test_an_existing_output_is_found_before_the_model_is_read(tmp_path):
+    (tmp_path / "out.llmc").mkdir()
+    assert refusal(UsageError, "no/such/model", tmp_path / "out.llmc").code == "artifact.exists"
+
+
+def test_too_little_disk_is_said_with_both_numbers(stories_1m, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(artifact_folder.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    error = refusal(TargetError, stories_1m, tmp_path / "out.llmc")
+    assert error.code == "target.disk_space"
+    assert "1000 bytes are free" in error.why
+
+
+def test_too_little_memory_is_said_before_weights_are_loaded(stories_1m, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "available_memory_bytes", lambda: 1 << 20)
+    forbid_loading(monkeypatch)
+    error = refusal(TargetError, stories_1m, tmp_path / "out.llmc")
+    assert error.code == "target.memory"
+    assert f"{1 << 20} bytes are available" in error.why
+
+
+def forbid_loading(monkeypatch):
+    def refuse(self, path, key):
+        raise AssertionError(f"{key} was loaded")
+
+    monkeypatch.setattr(Reader, "tensor", refuse)
+
+
+class Interrupting(Silent):
+    """Presses Ctrl-C when a stage begins."""
+
+    def __init__(self, stage):
+        self.stage = stage
+
+    def begin(self, stage):
+        if stage == self.stage:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "stage", ["trace", "run passes", "write weights", "measure quality", "make the oracle"]
+)
+def test_an_interrupt_in_any_stage_leaves_nothing(stories_1m, tmp_path, stage):
+    with pytest.raises(KeyboardInterrupt):
+        compile_model(stories_1m, output=tmp_path / "out.llmc", verify="off", progress=Interrupting(stage))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_replacing_keeps_the_old_artifact(stories_1m, tmp_path):
+    output = tmp_path / "out.llmc"
+    compile_model(stories_1m, output=output, verify="off")
+    before = (output / "manifest.json").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        compile_model(
+            stories_1m, output=output, verify="off", force=True, progress=Interrupting("make the oracle")
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["out.llmc"]
+    assert (output / "manifest.json").read_bytes() == before
+
+
+def test_ctrl_c_ends_the_command_with_130_and_leaves_nothing(stories_7m, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "llmc.cli",
+        "compile",
+        str(stories_7m),
+        "-o",
+        "out.llmc",
+        "--dtype",
+        "float32",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.llmc.partial-*/*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1] == "Interrupted."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_compile_leaves_rubbish_that_the_next_one_removes(stories_1m, tmp_path):
+    abandoned = tmp_path / ".out.llmc.partial-abandoned"
+    abandoned.mkdir()
+    (abandoned / "weights-00001.safetensors").write_bytes(b"half")
+    compile_model(stories_1m, output=tmp_path / "out.llmc", verify="off")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.llmc"]
+
+
+def test_bad_models_are_refused_through_the_driver_too(stories_1m, tmp_path):
+    model = shutil.copytree(stories_1m, tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    assert refusal(ModelError, model, tmp_path / "out.llmc").code == "model.no_tokenizer"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert refusal(ModelError, empty, tmp_path / "out.llmc").code == "model.empty_folder"
+    assert isinstance(refusal(LlmcError, tmp_path / "no" / "model", tmp_path / "out.llmc"), ModelError)
