@@ -38,20 +38,51 @@ class Products:
         self, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, scheme: str
     ) -> Tensor:
         """`linear` with the weight of `scheme`, from memory where it was kept."""
-        key = (codes.data_ptr(), x.dtype)
-        weight = self._dense.get(key)
+        weight = self._kept(codes, scales, zeros, scheme, x.shape[-1], x.dtype)
         if weight is None:
-            weight = self._threaded(codes.numel(), _dequantize, x, codes, scales, zeros, scheme)
-            if self.used_bytes + weight.nbytes <= self._dense_bytes:
-                self._dense[key] = weight
-                self.used_bytes += weight.nbytes
+            weight = self._dequantized(codes, scales, zeros, scheme, x.shape[-1], x.dtype)
         return self.linear(x, weight, bias)
+
+    def quantized_moe(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        expert_weights: Tensor,
+        gate_up_codes: Tensor,
+        gate_up_scales: Tensor,
+        gate_up_zeros: Tensor | None,
+        down_codes: Tensor,
+        down_scales: Tensor,
+        down_zeros: Tensor | None,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        activation: str,
+        interleaved: bool,
+        alpha: float,
+        limit: float,
+        gate_up_scheme: str,
+        down_scheme: str,
+    ) -> Tensor:
+        """`llmc.moe` over experts from memory, or `llmc.quantized_moe`, which dequantises those it needs."""
+        inner = gate_up_codes.shape[1] // (1 if activation.startswith("plain:") else 2)
+        gate_up_parts = (gate_up_codes, gate_up_scales, gate_up_zeros)
+        down_parts = (down_codes, down_scales, down_zeros)
+        gate_up = self._kept(*gate_up_parts, gate_up_scheme, x.shape[-1], x.dtype)
+        down = self._kept(*down_parts, down_scheme, inner, x.dtype)
+        routed, biases = (x, expert_ids, expert_weights), (gate_up_bias, down_bias)
+        settings = (activation, interleaved, alpha, limit)
+        if gate_up is None or down is None:
+            schemes = (gate_up_scheme, down_scheme)
+            operator = torch.ops.llmc.quantized_moe.default
+            return operator(*routed, *gate_up_parts, *down_parts, *biases, *settings, *schemes)
+        return torch.ops.llmc.moe.default(*routed, gate_up, down, *biases, *settings)
 
     def substitute(self, graph: fx.Graph) -> fx.Graph:
         """A copy of `graph` that calls these products."""
         ours: dict[Any, Callable[..., Tensor]] = {
             torch.ops.llmc.linear.default: self.linear,
             torch.ops.llmc.quantized_linear.default: self.quantized_linear,
+            torch.ops.llmc.quantized_moe.default: self.quantized_moe,
         }
         copy = fx.Graph()
         copy.output(copy.graph_copy(graph, {}))
@@ -59,6 +90,41 @@ class Products:
             if node.op == "call_function":
                 node.target = ours.get(node.target, node.target)
         return copy
+
+    def _kept(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        scheme: str,
+        width: int,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """The dequantised `[..., width]` of `codes`, now kept; None when the budget does not allow it."""
+        key = (codes.data_ptr(), dtype)
+        if key in self._dense:
+            return self._dense[key]
+        size_bytes = codes.shape[:-1].numel() * width * dtype.itemsize
+        if self.used_bytes + size_bytes > self._dense_bytes:
+            return None
+        weight = self._dequantized(codes, scales, zeros, scheme, width, dtype)
+        self._dense[key] = weight
+        self.used_bytes += size_bytes
+        return weight
+
+    def _dequantized(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        scheme: str,
+        width: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The dequantised `[..., width]` of `codes`."""
+        rows = [None if part is None else part.flatten(0, -2) for part in (codes, scales, zeros)]
+        flat = self._threaded(codes.numel(), dequantize_rows, *rows, parse_scheme(scheme), width, dtype)
+        return flat.reshape(*codes.shape[:-1], width)
 
     def _threaded(self, size: int, function: Callable[..., Tensor], *args: Any) -> Tensor:
         if self._num_threads == 1 or size < _THREADED_SIZE:
@@ -68,7 +134,3 @@ class Products:
             return function(*args)
         finally:
             torch.set_num_threads(1)
-
-
-def _dequantize(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: str) -> Tensor:
-    return dequantize_rows(codes, scales, zeros, parse_scheme(scheme), x.shape[-1], x.dtype)

@@ -119,12 +119,16 @@ class Builder:
     def linear(self, x, name, out, width):
         if not self.shape.scheme:
             return self.call(llmc_ops.linear.default, x, self.weight(name, out, width), None)
+        stored = self.quantized(name, (out, width))
+        return self.call(llmc_ops.quantized_linear.default, x, *stored, None, self.shape.scheme)
+
+    def quantized(self, name, size):
+        """Codes, scales and zero points (or None) of one weight."""
         scheme = parse_scheme(self.shape.scheme)
-        dense = Constant(self.values(name, (out, width)))
+        dense = Constant(self.values(name, size))
         parts = ["codes", "scales"] + ([] if scheme.symmetric else ["zeros"])
         stored = [self.read(f"{name}.{part}", Quantized(dense, scheme, part)) for part in parts]
-        stored += [None] * (3 - len(stored))
-        return self.call(llmc_ops.quantized_linear.default, x, *stored, None, scheme.name)
+        return stored + [None] * (3 - len(stored))
 
     def norm(self, x, name):
         weight = self.weight(name, self.shape.hidden, near=1.0)
@@ -172,11 +176,14 @@ class Builder:
         top = self.call(aten.topk.default, self.call(aten._softmax.default, scores, -1, False), 2)
         chosen, ids = (self.graph.call_function(operator.getitem, (top, index)) for index in range(2))
         total = self.call(aten.sum.dim_IntList, chosen, [-1], True)
-        return self.call(
-            llmc_ops.moe.default, x, ids, self.call(aten.div.Tensor, chosen, total),
-            self.weight(f"{prefix}.gate_up", s.experts, 2 * s.ffn, s.hidden),
-            self.weight(f"{prefix}.down", s.experts, s.hidden, s.ffn), None, None, "silu", False, 1.0, 0.0,
-        )  # fmt: skip
+        routed = (x, ids, self.call(aten.div.Tensor, chosen, total))
+        sizes = {"gate_up": (s.experts, 2 * s.ffn, s.hidden), "down": (s.experts, s.hidden, s.ffn)}
+        settings = (None, None, "silu", False, 1.0, 0.0)
+        if not s.scheme:
+            stored = [self.weight(f"{prefix}.{name}", *size) for name, size in sizes.items()]
+            return self.call(llmc_ops.moe.default, *routed, *stored, *settings)
+        stored = [part for name, size in sizes.items() for part in self.quantized(f"{prefix}.{name}", size)]
+        return self.call(llmc_ops.quantized_moe.default, *routed, *stored, *settings, *[s.scheme] * 2)
 
     def gate(self, x, layer):
         """Every kind of generic operator whose bits could depend on how many rows there are."""

@@ -13,7 +13,16 @@ from llmc.runtime.oracle import measure_prompts
 from llmc.runtime.protocol import SamplingState
 from llmc.runtime.tokenizer import Tokenizer
 
-CONFIG = RuntimeConfig(max_requests=4, max_step_tokens=128, num_threads=2)
+CONFIG = RuntimeConfig(max_requests=4, max_step_tokens=128, num_threads=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small products are done before a second thread has woken up on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["stories_1m", "stories_7m"])

@@ -212,10 +212,11 @@ def test_threads_are_given_back(source):
     assert torch.get_num_threads() == before
 
 
-def test_quantised_weights_give_the_same_bits_kept_or_not(build_program):
-    source = source_of_program(build_program(scheme="int4_g32_asym", ffn=72))
+@pytest.mark.parametrize("fields", [{}, {"experts": 5, "ffn": 27}], ids=["dense", "experts"])
+def test_quantised_weights_give_the_same_bits_kept_or_not(build_program, fields):
+    source = source_of_program(build_program(scheme="int4_g32_asym", **fields))
     results = []
-    for dense_bytes in (0, 20_000, 2**30):
+    for dense_bytes in (0, 50_000, 2**30):
         driver = Driver(source)
         driver.executor = make_executor(source, CONFIG, dense_bytes=dense_bytes)
         driver.enter(0, PROMPT, logprobs=5)

@@ -18,6 +18,7 @@ SHAPES = {
     "experts": {"experts": 5, "ffn": 24},
     "generic": {"generic": True, "hidden": 1160, "head_dim": 20, "vocab": 131, "windows": (0,)},
     "odd widths": {"hidden": 76, "head_dim": 6, "ffn": 1111, "vocab": 67, "windows": (0,)},
+    "int3 experts": {"experts": 5, "ffn": 24, "scheme": "int3_g32"},
     "int4": {"scheme": "int4_g32", "ffn": 72},
     "bfloat16": {"dtype": torch.bfloat16},
 }
