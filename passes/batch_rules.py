@@ -213,6 +213,9 @@ def _squeeze(node: fx.Node, ops: Operands) -> Outcome:
     places = [at(dim, rank_of(source)) for dim in ([dims] if isinstance(dims, int) else dims)]
     rest = [place - 1 for place in places if place]
     gone = 0 in places
+    if gone and rank_of(node) > 1 and is_one(shape_of(node)[0]):
+        front = next(index for index in range(rank_of(source)) if index not in places)
+        return Call(aten.squeeze.dims, (ops.new(source), [*rest, front - 1]))
     if not gone and rank_of(node) < 2:
         return None
     if not rest:

@@ -18,7 +18,7 @@ from torch import fx
 
 from ..ir.program import Program
 from ..ir.weights import Constant, Expr, Unbound, WeightStore
-from .base import TRACED, Contract, Exact, PassContext, PassReport, PassResult, Stage, expect_option, option
+from .base import TRACED, Contract, PassContext, PassReport, PassResult, Stage, Within, expect_option, option
 from .fold_rules import SPLITS, lazy_expression
 from .graph import erase_dead, is_weight, read_weight, weight_nodes
 from .rewrite import aten, is_tensor, operator_of, replace
@@ -35,7 +35,7 @@ class FoldConstants:
     stage: ClassVar[Stage] = Stage.canonicalise
     requires: ClassVar[frozenset[str]] = frozenset({TRACED})
     provides: ClassVar[frozenset[str]] = frozenset()
-    contract: ClassVar[Contract] = Exact()
+    contract: ClassVar[Contract] = Within(1e-6)
 
     expect: int = expect_option()
     limit_bytes: int = option(1 << 20, "Largest tensor that arithmetic is done on at compile time.", low=0)

@@ -38,6 +38,7 @@ def _step(graph: fx.Graph, gather: fx.Node) -> fx.Node | None:
     again.meta["val"] = gather.meta["val"]
     gather.replace_all_uses_with(again)
     graph.erase_node(gather)
+    graph.erase_node(source)
     return higher
 
 

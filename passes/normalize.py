@@ -47,8 +47,8 @@ class Normalize:
         for node in list(graph.nodes):
             if node.op == "call_function" and node.users:
                 walk.visit(node)
-        walk.num_matches += gather_early(graph)
         erase_dead(graph)
+        walk.num_matches += gather_early(graph)
         misses = [f"{reason} ({count} times)" for reason, count in sorted(walk.misses.items())]
         report = PassReport(matches=walk.num_matches, misses=tuple(misses))
         weights = program.weights.with_entries(walk.added)

@@ -170,7 +170,7 @@ def _elementwise(graph: fx.Graph, node: fx.Node, order: Order) -> _Plan | None:
             return None
         if missing == 0:
             wants.append((source, order))
-        elif rank_of(source):
+        elif order[missing:] != tuple(range(missing, len(order))):
             sizes = _padded_sizes(shape_of(source), order, missing)
             if sizes is None:
                 return None
@@ -228,11 +228,21 @@ def _select(graph: fx.Graph, node: fx.Node, order: Order) -> _Plan | None:
 
 
 def _expand(graph: fx.Graph, node: fx.Node, order: Order) -> _Plan | None:
-    source = _source(node)
-    if rank_of(source) != len(order):
+    source, sizes = _source(node), argument(node, "size")
+    again = _again(graph, node, {"size": [sizes[dim] for dim in order]})
+    missing = len(order) - rank_of(source)
+    if not missing:
+        return _Plan(((source, order),), again)
+    padded = _padded_sizes(shape_of(source), order, missing)
+    if padded is None:
         return None
-    sizes: list[Any] = argument(node, "size")
-    return _Plan(((source, order),), _again(graph, node, {"size": [sizes[dim] for dim in order]}))
+
+    def make(_: dict[fx.Node, fx.Node]) -> fx.Node:
+        whole = insert(graph, aten.reshape.default, (source, padded))
+        whole.meta["val"] = source.meta["val"].reshape(padded)
+        return again({source: whole})
+
+    return _Plan((), make)
 
 
 def _reshape(graph: fx.Graph, node: fx.Node, order: Order) -> _Plan | None:

@@ -185,16 +185,25 @@ class _Search:
         return all(operator_of(node) in _LINEAR for node in self._regions.between(bottom, top))
 
     def _comparable(self, bottom: fx.Node, top: fx.Node) -> bool:
-        """Whether both are floats of one shape but for sizes of 1, one dimension of which counts tokens."""
-        if not (is_tensor(bottom) and is_tensor(top) and dtype_of(top).is_floating_point):
+        """Whether both are floats with as many elements for each token, in the same order of dimensions."""
+        if not (is_tensor(bottom) and is_tensor(top)):
             return False
-        shape, wanted = shape_of(top), shape_of(bottom)
-        if not dtype_of(bottom).is_floating_point or not same_shape(counted(shape), counted(wanted)):
+        if not (dtype_of(bottom).is_floating_point and dtype_of(top).is_floating_point):
             return False
-        if not same_shape(shape[-1:], wanted[-1:]) or reshape_sizes(wanted) is None:
+        if not (self._has_tokens(bottom) and self._has_tokens(top)):
             return False
-        symbolic = [index for index, dim in enumerate(shape) if not isinstance(dim, int)]
-        return len(symbolic) == 1 and symbolic[0] < len(shape) - 1 and self._counts_tokens(shape[symbolic[0]])
+        before, after = counted(shape_of(top)), counted(shape_of(bottom))
+        if same_shape(before, after):
+            return same_shape(shape_of(top)[-1:], shape_of(bottom)[-1:])
+        flat = _token_axis(bottom) == _token_axis(top) == 0
+        return flat and prod(_static(bottom)) == prod(_static(top))
+
+    def _has_tokens(self, node: fx.Node) -> bool:
+        """Whether one dimension of `node`, not the last, counts tokens, and no other is symbolic."""
+        symbolic = [index for index, dim in enumerate(shape_of(node)) if not isinstance(dim, int)]
+        if len(symbolic) != 1 or symbolic[0] == len(shape_of(node)) - 1:
+            return False
+        return self._counts_tokens(shape_of(node)[symbolic[0]])
 
     def _counts_tokens(self, dim: Any) -> bool:
         return same_shape((dim,), self._tokens)
@@ -223,8 +232,8 @@ class _Search:
         except (LookupError, RuntimeError) as error:
             return f"it cannot be evaluated ({str(error).splitlines()[0]})"
         form = recognise_rope(
-            _as_heads(x, _token_axis(top)),
-            _as_heads(raised(y), _token_axis(nodes[-1])),
+            _as_heads(x, _token_axis(top), y.shape[-1]),
+            _as_heads(raised(y), _token_axis(nodes[-1]), y.shape[-1]),
             self._positions,
             [self._frequencies(node) for node in readers],  # pyright: ignore[reportArgumentType]
             _numbers(nodes + tables),
@@ -244,9 +253,9 @@ def _token_axis(node: fx.Node) -> int:
     return next(index for index, dim in enumerate(shape_of(node)) if not isinstance(dim, int))
 
 
-def _as_heads(x: Tensor, axis: int) -> Tensor:
-    """`x` as `[T, H, D]` with its dimension `axis` as T."""
-    return x.movedim(axis, 0).reshape(x.shape[axis], -1, x.shape[-1])
+def _as_heads(x: Tensor, axis: int, width: int) -> Tensor:
+    """`x` as `[T, H, D]` with its dimension `axis` as T and D as given."""
+    return x.movedim(axis, 0).reshape(x.shape[axis], -1, width)
 
 
 def _numbers(nodes: list[fx.Node]) -> list[float]:
@@ -281,11 +290,13 @@ class _Editor:
             marker = self._graph.call_function(llmc.rope.default, (found.top,))
         with self._graph.inserting_before(marker):
             x = permuted(found.top, ahead)
-            heads = self._reshaped(x, (shape_of(x)[0], prod(_static(x)[:-1]), _static(x)[-1]))
+            width = shape_of(found.bottom)[-1]
+            assert isinstance(width, int)
+            heads = self._reshaped(x, (shape_of(x)[0], prod(_static(x)) // width, width))
             form = found.form
             args = (heads, self._positions, inv_freq, form.scale, form.style, form.tail)
             rotated = insert(self._graph, llmc.rope.default, args, like=heads.meta["val"])
-            y = permuted(self._reshaped(rotated, shape_of(x)), back)
+            y = rotated if axis == 0 else permuted(self._reshaped(rotated, shape_of(x)), back)
             y = self._reshaped(y, shape_of(found.bottom))
             if dtype_of(y) != dtype_of(found.bottom):
                 value = found.bottom.meta["val"]
