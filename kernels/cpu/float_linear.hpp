@@ -92,20 +92,23 @@ LLMC_INLINE void float_rows(const FloatProduct& p, int64_t first, int64_t count,
   if constexpr (M > 1) float_rows<T, I, M - 1>(p, first, count, begin, end);
 }
 
-// The product, shared among threads by whole multiples of `grain` tiles. T: float, f16 or bf16.
-template <class T, Into I = Into::kStore>
-inline void float_linear(int tid, int nt, const FloatProduct& p, int64_t grain = 1) {
-  const Range mine = share(tid, nt, tiles_of(p.out_features), grain);
-  if (p.rows <= kFloatRows) {
-    if (p.rows > 0 && mine.begin < mine.end) float_rows<T, I>(p, 0, p.rows, mine.begin, mine.end);
-    return;
-  }
+// The tiles [tile_begin, tile_end) of a product, by one thread.
+template <class T, Into I>
+inline void float_linear_tiles(const FloatProduct& p, int64_t tile_begin, int64_t tile_end) {
+  if (p.rows <= kFloatRows) return float_rows<T, I>(p, 0, p.rows, tile_begin, tile_end);
   const int64_t chunk = row_chunk(p.rows, kFloatRows);
-  for (int64_t tile = mine.begin; tile < mine.end; ++tile)
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile)
     for (int64_t first = 0; first < p.rows; first += chunk) {
       const int64_t left = p.rows - first;
       float_rows<T, I>(p, first, left < chunk ? left : chunk, tile, tile + 1);
     }
+}
+
+// The product, shared among threads by whole multiples of `grain` tiles. T: float, f16 or bf16.
+template <class T, Into I = Into::kStore>
+inline void float_linear(int tid, int nt, const FloatProduct& p, int64_t grain = 1) {
+  const Range mine = share(tid, nt, tiles_of(p.out_features), grain);
+  if (p.rows > 0 && mine.begin < mine.end) float_linear_tiles<T, I>(p, mine.begin, mine.end);
 }
 
 LLMC_END

@@ -88,4 +88,20 @@ LLMC_INLINE void store_first(bf16* p, F16 a, int count) {
   for (int i = 0; i < (count < 16 ? count : 16); ++i) p[i] = whole[i];
 }
 
+LLMC_INLINE I16 lane_numbers() {
+  constexpr int32_t kNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(kNumbers);
+}
+// Sixteen dwords of any bytes, and one dword of four bytes in every lane.
+LLMC_INLINE I16 load_dwords(const void* p) {
+  int32_t words[16];
+  std::memcpy(words, p, 64);
+  return load(words);
+}
+LLMC_INLINE I16 repeat_dword(const void* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return set1(word);
+}
+
 LLMC_END

@@ -125,4 +125,14 @@ LLMC_INLINE I16 select(M16 m, I16 yes, I16 no) {
   return {_mm256_blendv_epi8(no.a, yes.a, m.a), _mm256_blendv_epi8(no.b, yes.b, m.b)};
 }
 
+// Even and odd bytes go their own ways as int16: vpmaddubsw would saturate.
+LLMC_INLINE __m256i dot_bytes(__m256i sum, __m256i u, __m256i s) {
+  const __m256i even = _mm256_and_si256(u, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(u, 8);
+  const __m256i s_even = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8), s_odd = _mm256_srai_epi16(s, 8);
+  return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(even, s_even), _mm256_madd_epi16(odd, s_odd)));
+}
+LLMC_INLINE I16 dot_bytes(I16 sum, I16 unsigned_bytes, I16 signed_bytes) {
+  return {dot_bytes(sum.a, unsigned_bytes.a, signed_bytes.a), dot_bytes(sum.b, unsigned_bytes.b, signed_bytes.b)};
+}
+
 LLMC_END

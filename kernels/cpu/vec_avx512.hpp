@@ -74,4 +74,9 @@ LLMC_INLINE bool any(M16 m) { return m.v != 0; }
 LLMC_INLINE F16 select(M16 m, F16 yes, F16 no) { return {_mm512_mask_blend_ps(m.v, no.v, yes.v)}; }
 LLMC_INLINE I16 select(M16 m, I16 yes, I16 no) { return {_mm512_mask_blend_epi32(m.v, no.v, yes.v)}; }
 
+// sum + the four products of unsigned bytes with signed bytes of each dword, exactly.
+LLMC_INLINE I16 dot_bytes(I16 sum, I16 unsigned_bytes, I16 signed_bytes) {
+  return {_mm512_dpbusd_epi32(sum.v, unsigned_bytes.v, signed_bytes.v)};
+}
+
 LLMC_END

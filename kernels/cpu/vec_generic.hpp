@@ -75,4 +75,14 @@ LLMC_INLINE F16 select(M16 m, F16 yes, F16 no) { F16 out; LLMC_LANES(m.v[i] ? ye
 LLMC_INLINE I16 select(M16 m, I16 yes, I16 no) { I16 out; LLMC_LANES(m.v[i] ? yes.v[i] : no.v[i]); }
 #undef LLMC_LANES
 
+LLMC_INLINE I16 dot_bytes(I16 sum, I16 unsigned_bytes, I16 signed_bytes) {
+  uint8_t u[64];
+  int8_t s[64];
+  std::memcpy(u, unsigned_bytes.v, 64);
+  std::memcpy(s, signed_bytes.v, 64);
+  for (int i = 0; i < 16; ++i)
+    for (int b = 0; b < 4; ++b) sum.v[i] += u[4 * i + b] * s[4 * i + b];
+  return sum;
+}
+
 LLMC_END

@@ -1,0 +1,294 @@
+// Causal attention of ragged queries over paged keys and values: prefill, decode and verification alike.
+//
+// One recurrence for every row, a function of its own query and keys alone (numbers are log2 units):
+//   * keys are taken in blocks at absolute multiples of 64; a row skips blocks in which it sees nothing;
+//   * the row's reference m starts at -inf and moves to the block's maximum b only when b > m + 8; then the
+//     sums fade by 2^(m - b); weights are 2^(score - m), one exp2, and enter the denominator in 16 lanes;
+//   * keys are split at absolute multiples of kSplitKeys; each part is its own recurrence, and parts are
+//     merged in ascending order, after the sink where there is one.
+// So neither the batch, the chunking of a prompt, the threads nor who computes a part can change a bit.
+// (Milakov & Gimelshein 2018 for the recurrence; Dao et al. 2022 for blocks; the lazy rescale as in FA4.)
+#pragma once
+
+#include "attention_blocks.hpp"
+
+LLMC_BEGIN
+
+constexpr int64_t kSplitKeys = 1024;
+constexpr int kTileQueries = 32;  // rows (tokens times heads of a group) of one tile, at most
+constexpr float kRescale = 8.0f;
+constexpr float kLog2E = 1.44269504088896341f;
+
+struct AttentionShape {
+  int64_t heads, kv_heads, k_width, v_width, page_tokens;
+  float scale, softcap;    // softcap 0: none
+  int64_t window, chunk;   // 0: none
+  const float* sinks;      // [heads], or null
+};
+
+// One step's batch. Sequence s owns rows query_starts[s] ... query_starts[s + 1] - 1 of q, at consecutive
+// positions; its page i is block_table[s * table_width + i].
+struct AttentionBatch {
+  const float* q;  // [T, ldq], heads in order
+  int64_t ldq;
+  const char *k_cache, *v_cache;
+  const int64_t *block_table, *query_starts, *positions;
+  int64_t table_width, sequences;
+  float* out;      // [T, ld_out], heads in order
+  int64_t ld_out;
+};
+
+// State of a tile's rows. Rows are token-major: row = token * heads_per_group + head.
+struct TileState {
+  float m[kTileQueries];
+  alignas(64) float l[kTileQueries][16];
+  int64_t position[kTileQueries];
+};
+
+LLMC_INLINE int64_t oldest_visible(const AttentionShape& a, int64_t position) {
+  int64_t oldest = a.window && position >= a.window ? position - a.window + 1 : 0;
+  if (a.chunk && position / a.chunk * a.chunk > oldest) oldest = position / a.chunk * a.chunk;
+  return oldest;
+}
+
+LLMC_INLINE int64_t padded_values(const AttentionShape& a) { return round_up<int64_t>(a.v_width, 16); }
+LLMC_INLINE int64_t group_heads(const AttentionShape& a) { return a.heads / a.kv_heads; }
+// Heads of a group that one tile takes, and tokens.
+LLMC_INLINE int64_t tile_heads(const AttentionShape& a) {
+  return group_heads(a) < kTileQueries ? group_heads(a) : kTileQueries;
+}
+LLMC_INLINE int64_t tile_tokens(const AttentionShape& a) { return kTileQueries / tile_heads(a); }
+
+// Per-thread scratch of one tile: queries, limbs, scores, weights, sums and merged sums.
+struct TileScratch {
+  float *q, *scores, *acc, *merged;
+  int8_t* limbs;
+  WeightLimbs* weights;
+};
+inline size_t attention_scratch_bytes(const AttentionShape& a) {
+  const size_t width = static_cast<size_t>(cache_width(a.k_width)), values = static_cast<size_t>(padded_values(a));
+  return kTileQueries * (width * 4 + kKeyBlock * 4 + values * 8 + round_up<size_t>(width * 2, 64) + sizeof(WeightLimbs)) + 64;
+}
+inline TileScratch tile_scratch(const AttentionShape& a, void* memory) {
+  const int64_t width = cache_width(a.k_width), values = padded_values(a);
+  TileScratch s;
+  s.weights = static_cast<WeightLimbs*>(memory);
+  s.acc = reinterpret_cast<float*>(s.weights + kTileQueries);
+  s.merged = s.acc + kTileQueries * values;
+  s.scores = s.merged + kTileQueries * values;
+  s.q = s.scores + kTileQueries * kKeyBlock;
+  s.limbs = reinterpret_cast<int8_t*>(s.q + kTileQueries * width);
+  return s;
+}
+
+// Softcap, mask, and weights of one row over one block. Returns whether the row sees any key of it.
+LLMC_INLINE bool weigh_row(const AttentionShape& a, const KeyBlock& block, int64_t base, int row, TileState* state,
+                           float* scores, float* acc, int64_t values) {
+  const int64_t position = state->position[row], oldest = oldest_visible(a, position);
+  if (position < base || oldest >= base + kKeyBlock) {
+    for (int c = 0; c < kBlockChunks; ++c) store(scores + c * kChunk, zero());
+    return false;
+  }
+  const I16 low = set1(static_cast<int32_t>(oldest > base ? oldest - base : 0));
+  const I16 high = set1(static_cast<int32_t>(position - base < kKeyBlock ? position - base : kKeyBlock - 1));
+  const F16 nothing = set1(-INFINITY);
+  F16 score[kBlockChunks], top = nothing;
+  for (int c = 0; c < kBlockChunks; ++c) {
+    score[c] = nothing;
+    if (c < block.first || c >= block.last) continue;
+    F16 value = load(scores + c * kChunk);
+    if (a.softcap != 0.0f) value = tanh(value) * set1(a.softcap * kLog2E);
+    const I16 key = lane_numbers() + set1(c * kChunk);
+    score[c] = select(less(key, low), nothing, select(less(high, key), nothing, value));
+    top = max(top, score[c]);
+  }
+  const float block_top = max_lanes(top);
+  F16 sum = load(state->l[row]);
+  if (!(block_top <= state->m[row] + kRescale)) {
+    float fade_lanes[16];
+    store(fade_lanes, exp2(set1(state->m[row]) - set1(block_top)));
+    const F16 fade = set1(state->m[row] == -INFINITY ? 0.0f : fade_lanes[0]);
+    for (int64_t i = 0; i < values; i += 16) store(acc + i, load(acc + i) * fade);
+    sum = sum * fade;
+    state->m[row] = block_top;
+  }
+  const F16 reference = set1(state->m[row]);
+  F16 weight[kBlockChunks];
+  for (int c = 0; c < kBlockChunks; ++c) {
+    // A key that is not visible weighs nothing even where the reference is -inf or NaN.
+    weight[c] = exp2(score[c] - reference);
+    const I16 key = lane_numbers() + set1(c * kChunk);
+    weight[c] = select(less(key, low), zero(), select(less(high, key), zero(), weight[c]));
+    store(scores + c * kChunk, weight[c]);
+  }
+  store(state->l[row], sum + ((weight[0] + weight[1]) + (weight[2] + weight[3])));
+  return true;
+}
+
+// Calls `f` with a compile-time count for rows in groups of at most eight: f(first, std::integral_constant).
+template <int N> struct Count { static constexpr int value = N; };
+template <class F, int N = 8>
+LLMC_INLINE void with_count(int count, int first, const F& f) {
+  if (count == N) return f(first, Count<N>{});
+  if constexpr (N > 1) with_count<F, N - 1>(count, first, f);
+}
+constexpr int kRowGroup = LLMC_AVX512 ? 8 : LLMC_AVX2 ? 4 : 2;
+template <class F>
+LLMC_INLINE void by_rows(int rows, const F& f) {
+  for (int first = 0; first < rows; first += kRowGroup)
+    with_count<F, kRowGroup>(rows - first < kRowGroup ? rows - first : kRowGroup, first, f);
+}
+
+template <class T>
+LLMC_INLINE void block_scores(const TileScratch& s, const QueryLimbs* limbs, int rows, int64_t width,
+                              const KeyBlock& block) {
+  by_rows(rows, [&](int first, auto count) {
+    constexpr int R = decltype(count)::value;
+    if constexpr (sizeof(T) == 1) score_rows_int8<R>(limbs + first, width, block, s.scores + first * kKeyBlock);
+    else score_rows<T, R>(s.q + first * width, width, width, block, s.scores + first * kKeyBlock);
+  });
+}
+template <class T>
+LLMC_INLINE void block_values(const TileScratch& s, int rows, int64_t width, int64_t ld, const KeyBlock& block) {
+  if (sizeof(T) == 1)
+    for (int r = 0; r < rows; ++r) weight_limbs(s.scores + r * kKeyBlock, block, s.weights + r);
+  by_rows(rows, [&](int first, auto count) {
+    constexpr int R = decltype(count)::value;
+    if constexpr (sizeof(T) == 1) add_values_int8<R>(s.weights + first, block, width, s.acc + first * ld, ld);
+    else add_values<T, R>(s.scores + first * kKeyBlock, block, width, s.acc + first * ld, ld);
+  });
+}
+
+// Pointers to the chunks of the block at `base` that keys oldest ... newest touch.
+template <class T>
+LLMC_INLINE KeyBlock key_block(const AttentionShape& a, const AttentionBatch& b, const int64_t* pages, int64_t group,
+                               int64_t base, int64_t oldest, int64_t newest) {
+  const CacheShape<T> shape{a.kv_heads, a.page_tokens, a.k_width, a.v_width};
+  KeyBlock block{};
+  block.key_begin = static_cast<int>(oldest > base ? oldest - base : 0);
+  block.key_end = static_cast<int>(newest - base < kKeyBlock ? newest - base + 1 : kKeyBlock);
+  block.first = block.key_begin / kChunk;
+  block.last = (block.key_end + kChunk - 1) / kChunk;
+  for (int c = block.first; c < block.last; ++c) {
+    const int64_t token = base + c * kChunk, offset = token % a.page_tokens;
+    const int64_t index = pages[token / a.page_tokens] * a.kv_heads + group;
+    const char *k = b.k_cache + index * shape.k_block(), *v = b.v_cache + index * shape.v_block();
+    block.k[c] = k + shape.k_chunk(offset);
+    block.v[c] = v + shape.v_chunk(offset);
+    if (sizeof(T) == 1) {
+      block.k_scales[c] = reinterpret_cast<const float*>(k + shape.k_scales()) + offset;
+      block.v_scales[c] = reinterpret_cast<const float*>(v + shape.v_scales()) + offset;
+    }
+  }
+  return block;
+}
+
+// A tile: tokens first_row ... of one sequence, some heads of one group.
+struct Tile {
+  int64_t sequence, first_row, tokens, group, first_head, heads;
+  int rows() const { return static_cast<int>(tokens * heads); }
+};
+
+// The recurrence over keys [begin, end) of one tile, into s.acc and `state`.
+template <class T>
+LLMC_KERNEL void attend_part(const AttentionShape& a, const AttentionBatch& b, const Tile& tile, const TileScratch& s,
+                             const QueryLimbs* limbs, int64_t begin, int64_t end, TileState* state) {
+  const int rows = tile.rows();
+  const int64_t values = padded_values(a), width = cache_width(a.k_width);
+  const int64_t *pages = b.block_table + tile.sequence * b.table_width;
+  std::memset(s.acc, 0, static_cast<size_t>(rows * values) * 4);
+  for (int r = 0; r < rows; ++r) {
+    state->m[r] = -INFINITY;
+    store(state->l[r], zero());
+  }
+  const int64_t newest = b.positions[tile.first_row + tile.tokens - 1];
+  const int64_t oldest = oldest_visible(a, b.positions[tile.first_row]);
+  for (int64_t base = begin; base < end && base <= newest; base += kKeyBlock) {
+    if (base + kKeyBlock <= oldest) continue;
+    const KeyBlock block = key_block<T>(a, b, pages, tile.group, base, oldest, newest);
+    block_scores<T>(s, limbs, rows, width, block);
+    bool any_row = false;
+    for (int r = 0; r < rows; ++r)
+      any_row |= weigh_row(a, block, base, r, state, s.scores + r * kKeyBlock, s.acc + r * values, values);
+    if (any_row) block_values<T>(s, rows, cache_width(a.v_width), values, block);
+  }
+}
+
+// The scaled queries of a tile, in float32 or limbs.
+template <class T>
+LLMC_KERNEL void load_queries(const AttentionShape& a, const AttentionBatch& b, const Tile& tile,
+                              const TileScratch& s, QueryLimbs* limbs, TileState* state) {
+  const int64_t width = cache_width(a.k_width);
+  const float factor = a.softcap != 0.0f ? a.scale / a.softcap : a.scale * kLog2E;
+  for (int64_t t = 0; t < tile.tokens; ++t)
+    for (int64_t h = 0; h < tile.heads; ++h) {
+      const int64_t row = t * tile.heads + h, head = tile.group * group_heads(a) + tile.first_head + h;
+      const float* q = b.q + (tile.first_row + t) * b.ldq + head * a.k_width;
+      float* to = s.q + row * width;
+      for (int64_t i = 0; i < width; ++i) to[i] = i < a.k_width ? q[i] * factor : 0.0f;
+      state->position[row] = b.positions[tile.first_row + t];
+      if (sizeof(T) == 1) limbs[row] = query_limbs(to, width, s.limbs + row * round_up<int64_t>(width * 2, 64));
+    }
+}
+
+// What has been merged of a row: reference, denominator lanes, sums.
+struct Merged {
+  float m[kTileQueries];
+  alignas(64) float l[kTileQueries][16];
+};
+LLMC_INLINE void begin_merge(const AttentionShape& a, const Tile& tile, Merged* merged, float* sums) {
+  std::memset(sums, 0, static_cast<size_t>(tile.rows() * padded_values(a)) * 4);
+  for (int r = 0; r < tile.rows(); ++r) {
+    const int64_t head = tile.group * group_heads(a) + tile.first_head + r % tile.heads;
+    store(merged->l[r], zero());
+    merged->m[r] = a.sinks ? a.sinks[head] * kLog2E : -INFINITY;
+    if (a.sinks) merged->l[r][0] = 1.0f;
+  }
+}
+// Adds one part of a row.
+LLMC_INLINE void merge_row(float m, const float* l, const float* acc, int64_t values, float* merged_m,
+                           float* merged_l, float* sums) {
+  if (m == -INFINITY) return;
+  const float top = !(m <= *merged_m) ? m : *merged_m;
+  const F16 old_part = *merged_m == -INFINITY ? zero() : exp2(set1(*merged_m) - set1(top));
+  const F16 new_part = exp2(set1(m) - set1(top));
+  store(merged_l, fma(load(l), new_part, load(merged_l) * old_part));
+  for (int64_t i = 0; i < values; i += 16) store(sums + i, fma(load(acc + i), new_part, load(sums + i) * old_part));
+  *merged_m = top;
+}
+LLMC_INLINE void put_row(const AttentionShape& a, const float* l, const float* sums, float* out) {
+  const float total = sum_lanes(load(l));
+  const F16 inverse = set1(total == 0.0f ? 0.0f : 1.0f / total);
+  for (int64_t i = 0; i < a.v_width; i += 16) {
+    const int count = static_cast<int>(a.v_width - i < 16 ? a.v_width - i : 16);
+    store_first(out + i, fma(load(sums + i), inverse, zero()), count);  // adding zero makes -0 into 0
+  }
+}
+
+// Where the output row of a tile's row r begins.
+LLMC_INLINE float* output_row(const AttentionShape& a, const AttentionBatch& b, const Tile& tile, int r) {
+  const int64_t head = tile.group * group_heads(a) + tile.first_head + r % tile.heads;
+  return b.out + (tile.first_row + r / tile.heads) * b.ld_out + head * a.v_width;
+}
+
+// A whole tile: all parts in order, merged, written.
+template <class T>
+LLMC_KERNEL void attend_tile(const AttentionShape& a, const AttentionBatch& b, const Tile& tile, void* scratch) {
+  const TileScratch s = tile_scratch(a, scratch);
+  TileState state;
+  QueryLimbs limbs[kTileQueries];
+  Merged merged;
+  load_queries<T>(a, b, tile, s, limbs, &state);
+  begin_merge(a, tile, &merged, s.merged);
+  const int64_t values = padded_values(a), newest = b.positions[tile.first_row + tile.tokens - 1];
+  const int64_t oldest = oldest_visible(a, b.positions[tile.first_row]);
+  for (int64_t begin = oldest / kSplitKeys * kSplitKeys; begin <= newest; begin += kSplitKeys) {
+    attend_part<T>(a, b, tile, s, limbs, begin, begin + kSplitKeys, &state);
+    for (int r = 0; r < tile.rows(); ++r)
+      merge_row(state.m[r], state.l[r], s.acc + r * values, values, &merged.m[r], merged.l[r], s.merged + r * values);
+  }
+  for (int r = 0; r < tile.rows(); ++r)
+    put_row(a, merged.l[r], s.merged + r * values, output_row(a, b, tile, r));
+}
+
+LLMC_END

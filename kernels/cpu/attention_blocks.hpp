@@ -1,0 +1,246 @@
+// Scores and weighted sums of one block of 64 keys for a few query rows, for each kind of cache.
+//
+// float32 and bfloat16 caches: one chain of fused multiply-adds per score over ascending elements, and per
+// output over ascending keys. int8 caches: the query, and the block's weights times value scales, are
+// 16-bit integers (two limbs), whose products with the codes are summed exactly.
+#pragma once
+
+#include "kv_cache.hpp"
+#include "math.hpp"
+
+LLMC_BEGIN
+
+constexpr int kKeyBlock = 64;
+constexpr int kBlockChunks = kKeyBlock / kChunk;
+
+// What a block of keys is read from: pointers to its chunks, valid for chunks [first, last).
+struct KeyBlock {
+  const char* k[kBlockChunks];
+  const char* v[kBlockChunks];
+  const float* k_scales[kBlockChunks];  // int8 only
+  const float* v_scales[kBlockChunks];
+  int first, last;            // chunks to read
+  int key_begin, key_end;     // keys that some row of the tile may see, within the block
+};
+
+
+// --- float32 and bfloat16 -------------------------------------------------------------------------------
+
+LLMC_INLINE void key_pair(const float* chunk, int64_t i, F16* even, F16* odd) {
+  *even = load(chunk + i * kChunk);
+  *odd = load(chunk + (i + 1) * kChunk);
+}
+LLMC_INLINE void key_pair(const bf16* chunk, int64_t i, F16* even, F16* odd) {
+  const I16 both = load_dwords(chunk + i * kChunk);
+  *even = as_float(shift_left<16>(both));
+  *odd = as_float(both & set1(static_cast<int32_t>(0xffff0000u)));
+}
+LLMC_INLINE void value_pair(const float* chunk, int pair, int64_t width, int64_t i, F16* even, F16* odd, int count) {
+  *even = load_first(chunk + 2 * pair * width + i, count);
+  *odd = load_first(chunk + (2 * pair + 1) * width + i, count);
+}
+LLMC_INLINE void value_pair(const bf16* chunk, int pair, int64_t width, int64_t i, F16* even, F16* odd, int count) {
+  const bf16* p = chunk + (pair * width + i) * 2;
+  I16 both;
+  if (count >= 16) {
+    both = load_dwords(p);
+  } else {
+    int32_t words[16] = {};
+    std::memcpy(words, p, static_cast<size_t>(count) * 4);
+    both = load(words);
+  }
+  *even = as_float(shift_left<16>(both));
+  *odd = as_float(both & set1(static_cast<int32_t>(0xffff0000u)));
+}
+
+// scores[r][chunk * 16 ...] for R rows q[r * ldq] and C chunks from `chunk` on.
+template <class T, int R, int C>
+LLMC_INLINE void score_chunks(const float* q, int64_t ldq, int64_t width, const KeyBlock& block, int chunk,
+                              float* scores) {
+  F16 sum[C][R];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum[c][r] = zero();
+  for (int64_t i = 0; i < width; i += 2) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      F16 even, odd;
+      key_pair(reinterpret_cast<const T*>(block.k[chunk + c]), i, &even, &odd);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        sum[c][r] = fma(even, set1(q[r * ldq + i]), sum[c][r]);
+        sum[c][r] = fma(odd, set1(q[r * ldq + i + 1]), sum[c][r]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) store(scores + r * kKeyBlock + (chunk + c) * kChunk, sum[c][r]);
+}
+
+template <class T, int R>
+LLMC_KERNEL void score_rows(const float* q, int64_t ldq, int64_t width, const KeyBlock& block, float* scores) {
+  constexpr int C = LLMC_AVX512 ? (R <= 2 ? 4 : R <= 4 ? 2 : 1) : 1;
+  int chunk = block.first;
+  for (; chunk + C <= block.last; chunk += C) score_chunks<T, R, C>(q, ldq, width, block, chunk, scores);
+  for (; chunk < block.last; ++chunk) score_chunks<T, R, 1>(q, ldq, width, block, chunk, scores);
+}
+
+// out[r][i ... i + 16 B) += sum over the block's keys of weights[r][key] * value, keys ascending.
+template <class T, int R, int B>
+LLMC_INLINE void add_columns(const float* weights, const KeyBlock& block, int64_t width, int64_t i, int count,
+                             float* out, int64_t ld_out) {
+  F16 sum[R][B];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) sum[r][b] = load(out + r * ld_out + i + b * 16);
+  for (int key = block.key_begin & ~1; key < block.key_end; key += 2) {
+    const T* chunk = reinterpret_cast<const T*>(block.v[key / kChunk]);
+    const bool both = key + 1 < block.key_end;  // the last key may have nothing beside it
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+      F16 even, odd;
+      value_pair(chunk, key % kChunk / 2, width, i + b * 16, &even, &odd, B > 1 ? 16 : count);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        sum[r][b] = fma(even, set1(weights[r * kKeyBlock + key]), sum[r][b]);
+        if (both) sum[r][b] = fma(odd, set1(weights[r * kKeyBlock + key + 1]), sum[r][b]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) store(out + r * ld_out + i + b * 16, sum[r][b]);
+}
+
+// `out` rows have room for whole vectors.
+template <class T, int R>
+LLMC_KERNEL void add_values(const float* weights, const KeyBlock& block, int64_t width, float* out, int64_t ld_out) {
+  constexpr int B = LLMC_AVX512 ? (R <= 4 ? 4 : 2) : 1;
+  int64_t i = 0;
+  for (; i + 16 * B <= width; i += 16 * B) add_columns<T, R, B>(weights, block, width, i, 16, out, ld_out);
+  for (; i < width; i += 16)
+    add_columns<T, R, 1>(weights, block, width, i, static_cast<int>(width - i < 16 ? width - i : 16), out, ld_out);
+}
+
+// --- int8 ------------------------------------------------------------------------------------------------
+
+// A quantised query row: limbs[2][width], 128 times their sums, the scale of the whole.
+struct QueryLimbs {
+  const int8_t* high;
+  const int8_t* low;
+  int32_t high_offset, low_offset;
+  float scale;
+};
+
+// Limbs of x[width] as in quantize.hpp, the whole row one group. `limbs` has room for 2 * width bytes.
+LLMC_INLINE QueryLimbs query_limbs(const float* x, int64_t width, int8_t* limbs) {
+  uint32_t top = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    const uint32_t bits = bits_of(x[i]) & 0x7fffffffu;
+    top = bits > top ? bits : top;
+  }
+  const float peak = float_of(top);
+  const bool finite = top < 0x7f800000u, tiny = peak < 1e-30f;
+  const float factor = finite && !tiny ? 32512.0f / peak : 0.0f;
+  int32_t high_sum = 0, low_sum = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    const int code = code_of(x[i], factor), high = (code + 128) >> 8, low = code - high * 256;
+    limbs[i] = static_cast<int8_t>(high);
+    limbs[width + i] = static_cast<int8_t>(low);
+    high_sum += high;
+    low_sum += low;
+  }
+  const float scale = finite ? (tiny ? 0.0f : peak / 32512.0f) : float_of(0x7fc00000u);
+  return {limbs, limbs + width, -128 * high_sum, -128 * low_sum, scale};
+}
+
+template <int R>
+LLMC_KERNEL void score_rows_int8(const QueryLimbs* q, int64_t width, const KeyBlock& block, float* scores) {
+  for (int chunk = block.first; chunk < block.last; ++chunk) {
+    I16 high[R], low[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) high[r] = set1(q[r].high_offset), low[r] = set1(q[r].low_offset);
+    for (int64_t i = 0; i < width; i += 4) {
+      const I16 codes = load_dwords(block.k[chunk] + i * kChunk);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        high[r] = dot_bytes(high[r], codes, repeat_dword(q[r].high + i));
+        low[r] = dot_bytes(low[r], codes, repeat_dword(q[r].low + i));
+      }
+    }
+    const F16 scale = load(block.k_scales[chunk]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const F16 whole = to_float(shift_left<8>(high[r]) + low[r]);
+      store(scores + r * kKeyBlock + chunk * kChunk, whole * (scale * set1(q[r].scale)));
+    }
+  }
+}
+
+// Weights times value scales as 16-bit integers of two unsigned limbs, per row and block.
+struct WeightLimbs {
+  alignas(64) uint8_t high[kKeyBlock], low[kKeyBlock];
+  float scale;
+};
+
+// Keys outside [key_begin, key_end) weigh nothing, whatever lies in their scales.
+LLMC_INLINE void weight_limbs(const float* weights, const KeyBlock& block, WeightLimbs* out) {
+  F16 scaled[kBlockChunks];
+  I16 top = set1(int32_t{0});
+  for (int c = block.first; c < block.last; ++c) {
+    const F16 weight = load(weights + c * kChunk);
+    scaled[c] = select(less(zero(), weight), weight * load(block.v_scales[c]), zero());
+    scaled[c] = select(is_nan(weight), weight, scaled[c]);
+    top = max(top, as_int(scaled[c]));
+  }
+  const int32_t bits = max_lanes(top);
+  const float peak = float_of(static_cast<uint32_t>(bits));
+  const bool finite = bits < 0x7f800000, tiny = peak < 1e-30f;
+  const F16 factor = set1(finite && !tiny ? 65280.0f / peak : 0.0f);
+  for (int c = 0; c < kBlockChunks; ++c) {
+    const bool used = c >= block.first && c < block.last && finite;
+    const I16 code = used ? round_int(scaled[c] * factor) : set1(int32_t{0});
+    store_low8(out->high + c * kChunk, shift_right<8>(code));
+    store_low8(out->low + c * kChunk, code);
+  }
+  out->scale = finite ? (tiny ? 0.0f : peak / 65280.0f) : float_of(0x7fc00000u);
+}
+
+template <int R>
+LLMC_KERNEL void add_values_int8(const WeightLimbs* weights, const KeyBlock& block, int64_t width, float* out,
+                                 int64_t ld_out) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const size_t bytes = static_cast<size_t>(width - i < 16 ? width - i : 16) * 4;
+    I16 high[R], low[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) high[r] = low[r] = set1(int32_t{0});
+    for (int quad = block.first * 4; quad < block.last * 4; ++quad) {
+      const char* p = block.v[quad / 4] + (quad % 4 * width + i) * 4;
+      I16 codes;
+      if (bytes == 64) {
+        codes = load_dwords(p);
+      } else {
+        int32_t words[16] = {};
+        std::memcpy(words, p, bytes);
+        codes = load(words);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        high[r] = dot_bytes(high[r], repeat_dword(weights[r].high + quad * 4), codes);
+        low[r] = dot_bytes(low[r], repeat_dword(weights[r].low + quad * 4), codes);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float* to = out + r * ld_out + i;
+      store(to, fma(to_float(shift_left<8>(high[r]) + low[r]), set1(weights[r].scale), load(to)));
+    }
+  }
+}
+
+LLMC_END
