@@ -33,18 +33,21 @@ def is_artifact(path: Path) -> bool:
 def describe_artifact(path: Path) -> Description:
     """Model, recipe, target, sizes and passes of the artifact at `path`."""
     from ..artifact.reader import open_unchecked
+    from ..artifact.summary import summarise
 
-    artifact = open_unchecked(path)
-    manifest = artifact.manifest
-    weights = sum(entry.size_bytes for entry in manifest.of_kind("weights"))
-    bits = 8 * weights / max(1, manifest.spec.num_parameters)
+    summary = summarise(open_unchecked(path))
+    manifest = summary.manifest
+    stored = ", ".join(f"{human_bytes(group.size_bytes)} {group.dtype}" for group in summary.weights)
+    others = ", ".join(
+        f"{human_bytes(size)} {kind}" for kind, size in summary.size_by_kind.items() if kind != "weights"
+    )
     rows = [
         *_spec_rows(manifest.spec),
         ("source", f"{manifest.provenance.model}, compiled by llmc {manifest.provenance.llmc_version}"),
         ("recipe", manifest.recipe.name),
         ("target", manifest.target.name),
-        ("weights", f"{human_bytes(weights)}, {bits:.2f} bits a weight"),
-        ("size", human_bytes(artifact.size_bytes)),
+        ("weights", f"{stored}: {summary.bits_per_weight:.2f} bits a weight"),
+        ("size", f"{human_bytes(summary.size_bytes)}, beside the weights {others}"),
         *_cache_rows(manifest),
     ]
     passes = [
@@ -52,19 +55,7 @@ def describe_artifact(path: Path) -> Description:
         for record in manifest.history
     ]
     text = f"{table(rows)}\n\n{table(passes, ('pass', 'matches', 'nodes', 'max logit change'))}"
-    data = {
-        "spec": asdict(manifest.spec),
-        "provenance": asdict(manifest.provenance),
-        "recipe": asdict(manifest.recipe),
-        "target": manifest.target.name,
-        "size_bytes": artifact.size_bytes,
-        "weight_bytes": weights,
-        "bits_per_weight": bits,
-        "cache": asdict(manifest.cache),
-        "passes": [asdict(record) for record in manifest.history],
-        "files": [{"path": entry.path, "size_bytes": entry.size_bytes} for entry in manifest.files],
-    }
-    return Description(data, text)
+    return Description(summary.as_dict(), text)
 
 
 def describe_pass(path: Path, name: str) -> Description:
