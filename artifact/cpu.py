@@ -26,6 +26,21 @@ class CpuLevel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeight:
+    """A stored tensor that holds a matrix `[rows, width]` of the program in a kernel's layout.
+
+    `layout` is a quantisation scheme, and `names` the program's codes, scales and zeros, or a
+    floating-point dtype, and `names` the program's matrix.
+    """
+
+    stored: str
+    rows: int
+    width: int
+    names: tuple[str, ...]
+    layout: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CpuUnit:
     """What generated code expects of its caller.
 
@@ -39,6 +54,7 @@ class CpuUnit:
     max_threads: int
     arena_bytes: int
     weights: tuple[str, ...]
+    packed: tuple[PackedWeight, ...]
     levels: tuple[CpuLevel, ...]
     compiler: str
 

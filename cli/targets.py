@@ -9,7 +9,10 @@ import click
 from ..spec.target import KNOWN
 from .output import Output, table, with_output
 
-_ABOUT = {"reference": "PyTorch on the CPU; slow and obviously right, the oracle of all others"}
+_ABOUT = {
+    "cpu": "C++ compiled ahead of time for each ISA level; needs no torch to run",
+    "reference": "PyTorch on the CPU; slow and obviously right, the oracle of all others",
+}
 
 
 @click.command()

@@ -3,18 +3,20 @@ kind of the target, and imported when one is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Protocol, cast
 
+from ..artifact.reader import Artifact
 from ..artifact.writer import ArtifactWriter
 from ..ir.program import Program
+from ..ir.weights import Expr
 from ..spec.errors import TargetError
 from ..spec.target import Target
 from .programs import WeightProgress
 
 # Target kind -> module with a class `Backend`.
-_BACKENDS = {"reference": ".reference.backend"}
+_BACKENDS = {"cpu": ".cpu.backend", "reference": ".reference.backend"}
 
 
 class Backend(Protocol):
@@ -39,6 +41,10 @@ class Backend(Protocol):
         `program` is final, `portable` is what it was before the lay-out stage; both read the same weights
         under the same names, or weights of their own.
         """
+        ...
+
+    def stored_weights(self, artifact: Artifact) -> Mapping[str, Expr]:
+        """The weights of the programs, by name, read back from what `emit` wrote."""
         ...
 
 

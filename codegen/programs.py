@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..artifact.reader import Artifact
 from ..artifact.schema import PORTABLE_PROGRAM, PROGRAM, PROGRAM_TEXT
 from ..artifact.tensors import TensorSpec
 from ..artifact.writer import ArtifactWriter
 from ..ir.document import encode_program
 from ..ir.printer import print_program
 from ..ir.program import Program
-from ..ir.weights import WeightStore
+from ..ir.weights import Expr, Source, WeightStore
 from ..spec.errors import InternalError
 
 SHARD_BYTES = 4 * 2**30
@@ -82,6 +83,15 @@ def write_weights(
     for number, names in enumerate(_shards(store, shard_bytes), start=1):
         specs = [_spec_of(store, name) for name in names]
         writer.write_tensors(f"weights-{number:05}.safetensors", "weights", specs, fetch)
+
+
+def stored_sources(artifact: Artifact) -> dict[str, Expr]:
+    """Every weight file's tensors as they lie."""
+    return {
+        name: Source(str(artifact.path / file), name, view.shape, getattr(torch, view.dtype))
+        for file, views in artifact.weight_files()
+        for name, view in views.items()
+    }
 
 
 def tensor_bytes(tensor: Tensor) -> NDArray[Any]:

@@ -21,8 +21,9 @@ from ..artifact.schema import (
     SourceFile,
 )
 from ..artifact.writer import ArtifactWriter
+from ..codegen.base import backend_for
 from ..ir.program import Program
-from ..ir.weights import Reader, Source, WeightStore
+from ..ir.weights import Reader, WeightStore
 from ..passes.base import option_values
 from ..runtime.tokenizer import Tokenizer
 from ..spec.errors import InternalError
@@ -61,7 +62,7 @@ def finish_artifact(
         quality = measure(compiled.bound, as_written(judged, preview), prompts)
         compiled.bound.weights.reader.close()
     with ledger.stage("make the oracle"):
-        write_oracle(writer, make_oracle(preview, tokenizer.encode))
+        write_oracle(writer, make_oracle(as_written(compiled.final, preview), tokenizer.encode))
     writer.write_bytes(
         REPORT,
         "report",
@@ -74,12 +75,8 @@ def finish_artifact(
 
 def as_written(program: Program, artifact: Artifact) -> Program:
     """`program` with every weight read from the files of `artifact`, mapped."""
-    entries = {
-        name: Source(str(artifact.path / file), name, view.shape, program.weights[name].dtype)
-        for file, views in artifact.weight_files()
-        for name, view in views.items()
-        if name in program.weights
-    }
+    stored = backend_for(artifact.manifest.target).stored_weights(artifact)
+    entries = {name: expr for name, expr in stored.items() if name in program.weights}
     missing = [name for name in program.used_weights() if name not in entries]
     if missing:
         raise InternalError(

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from ..artifact.oracle import Oracle
-from ..artifact.reader import Artifact
+from ..ir.program import Program
 from ..runtime.config import RuntimeConfig
 from ..runtime.oracle import measure_prompts
 from ..spec.cache import CacheLayout
@@ -28,22 +28,23 @@ _PAGES_FOR_TOKENS = 256
 _TOLERANCES = {"float32": 2e-3, "float16": 5e-2, "bfloat16": 0.25, "int8": 0.25, "float8_e4m3fn": 0.5}
 
 
-def make_oracle(artifact: Artifact, encode: Callable[[str], Sequence[int]] | None) -> Oracle:
-    """The oracle of `artifact`, which need not be committed yet, by the reference executor.
+def make_oracle(program: Program, encode: Callable[[str], Sequence[int]] | None) -> Oracle:
+    """The oracle of a final program, with its weights as they were written, by the reference executor.
 
     `encode` is its tokenizer; without one (None) the prompts are random ids. Every quantised matrix is
     dequantised as it is needed, so that memory stays at one matrix beyond the mapped weights.
     """
-    from ..runtime.executors.reference import make_executor, source_of_artifact
+    from ..runtime.executors.reference import make_executor, source_of_program
 
-    spec, layout = artifact.manifest.spec, artifact.manifest.cache
+    source = source_of_program(program)
+    spec, layout = source.spec, source.cache
     prompts = oracle_prompts(encode, spec.vocab_size)
     config = RuntimeConfig(
         max_requests=len(prompts),
         max_step_tokens=len(prompts) * _PROMPT_TOKENS,
         max_model_len=min(_PAGES_FOR_TOKENS, spec.max_context),
     )
-    executor = make_executor(source_of_artifact(artifact), config, dense_bytes=0)
+    executor = make_executor(source, config, dense_bytes=0)
     try:
         measured = measure_prompts(executor, prompts)
     finally:

@@ -28,7 +28,9 @@ class Target:
 
 REFERENCE = Target(kind="reference")
 
-KNOWN: dict[str, Target] = {"reference": REFERENCE}
+CPU = Target(kind="cpu")
+
+KNOWN: dict[str, Target] = {"cpu": CPU, "reference": REFERENCE}
 
 
 def parse_target(text: str) -> Target:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import torch
-
-from ...artifact.cpu import CPU_SOURCE, CPU_UNIT, CpuLevel, CpuUnit, encode_unit, library_path
+from ...artifact.cpu import (
+    CPU_SOURCE,
+    CPU_UNIT,
+    CpuLevel,
+    CpuUnit,
+    decode_unit,
+    encode_unit,
+    library_path,
+)
+from ...artifact.reader import Artifact
 from ...artifact.writer import ArtifactWriter
 from ...ir.program import Program
-from ...ir.weights import Cast, Expr, WeightStore
+from ...ir.weights import Expr, WeightStore
 from ...kernels.levels import LEVELS
-from ..programs import WeightProgress, shared_weights, write_programs, write_weights
+from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
+from .packed import unpacked
 from .source import ABI_VERSION, MAX_THREADS, Source, generate
 from .toolchain import compile_library, find_compiler
 
@@ -56,6 +64,14 @@ class Backend:
         writer.write_bytes(CPU_UNIT, "kernel", encode_unit(_unit(source, compiler.version)))
         write_weights(weights, writer, progress=progress)
 
+    def stored_weights(self, artifact: Artifact) -> Mapping[str, Expr]:
+        """The tensors of the files, packed ones unpacked as they are asked for."""
+        stored = stored_sources(artifact)
+        unit = decode_unit(artifact.read_bytes(CPU_UNIT))
+        for packed in unit.packed:
+            stored |= unpacked(packed, stored[packed.stored])
+        return stored
+
 
 def _unit(source: Source, compiler: str) -> CpuUnit:
     return CpuUnit(
@@ -64,7 +80,8 @@ def _unit(source: Source, compiler: str) -> CpuUnit:
         max_logit_rows=source.max_logit_rows,
         max_threads=MAX_THREADS,
         arena_bytes=source.arena_bytes,
-        weights=tuple(slot_name(name, form) for name, form in source.weight_slots),
+        weights=tuple(slot.stored_name for slot in source.weight_slots),
+        packed=tuple(slot.packed for slot in source.weight_slots if slot.packed is not None),
         levels=tuple(
             CpuLevel(name=level.name, features=tuple(sorted(level.features))) for level in LEVELS[::-1]
         ),
@@ -72,23 +89,9 @@ def _unit(source: Source, compiler: str) -> CpuUnit:
     )
 
 
-def slot_name(name: str, form: str) -> str:
-    """The stored tensor that serves weight `name` in `form`."""
-    return name if form == "stored" else f"{name}@{form}"
-
-
 def cpu_weights(shared: WeightStore, source: Source) -> WeightStore:
-    """The weights to store: those of the programs, and those that the step reads in another form."""
-    added: dict[str, Expr] = {}
-    for name, form in source.weight_slots:
-        if form == "plain":
-            expr = shared[name]
-            added[slot_name(name, form)] = Cast(expr, plain_dtype(expr.dtype))
-    return shared.with_entries(added)
-
-
-def plain_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which generic code reads a stored one: float32, int64 or one byte a bool."""
-    if dtype.is_floating_point:
-        return torch.float32
-    return dtype if dtype == torch.bool else torch.int64
+    """The weights to store: what the step reads, and of the programs' own what no packed form holds."""
+    replaced = {name for slot in source.weight_slots if slot.packed for name in slot.packed.names}
+    kept: dict[str, Expr] = {name: shared[name] for name in shared if name not in replaced}
+    kept |= {slot.stored_name: slot.expression(shared) for slot in source.weight_slots}
+    return WeightStore(kept, shared.ties, shared.reader)

@@ -13,7 +13,7 @@ import sympy
 from torch import fx
 
 from ...ir.printer import print_node
-from .matrix import WeightSlots
+from .matrix import PlainSlot, WeightSlots
 from .unit import Unit, pointer
 from .value import C_TYPES, Size, Symbols, Value, c_size, contiguous_strides, product, reshape_strides
 
@@ -23,18 +23,21 @@ Lowering = Callable[["Emitter", fx.Node], Lowered]
 
 @dataclass(slots=True)
 class Emitter:
-    """State of one code generation."""
+    """State of one code generation. `limbs` are the int8 digits of an activation in integer products:
+    1 fast, 2 accurate. `quantised` maps (value, kernel) to its limbs."""
 
     symbols: Symbols
+    limbs: int = 2
     unit: Unit = field(default_factory=Unit)
     slots: WeightSlots = field(default_factory=WeightSlots)
     env: dict[fx.Node, Lowered] = field(default_factory=dict[fx.Node, Lowered])
+    quantised: dict[tuple[Value, str], Value] = field(default_factory=dict[tuple[Value, str], Value])
 
     def value(self, arg: Any) -> Value:
         """The tensor value of a node argument; a weight is taken in its plain form."""
         if arg.op == "get_attr":
             shape = self.symbols.sizes(arg.meta["val"].shape)
-            base = self.slots.pointer(str(arg.target), "plain")
+            base = self.slots.pointer(PlainSlot(str(arg.target)))
             return Value(base, C_TYPES[arg.meta["val"].dtype], shape, contiguous_strides(shape))
         found = self.env[arg]
         assert isinstance(found, Value)

@@ -3,11 +3,13 @@ the executor interprets the graph with the reference operators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from ...artifact.reader import Artifact
 from ...artifact.writer import ArtifactWriter
 from ...ir.program import Program
-from ..programs import WeightProgress, shared_weights, write_programs, write_weights
+from ...ir.weights import Expr
+from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
 
 # What programs, headers, tokenizer and manifest take beside the weights, generously.
 _BESIDE_WEIGHTS_BYTES = 64 * 2**20
@@ -30,3 +32,7 @@ class Backend:
         """Writes programs and weights."""
         write_programs(program, portable, writer)
         write_weights(shared_weights(program, portable), writer, progress=progress)
+
+    def stored_weights(self, artifact: Artifact) -> Mapping[str, Expr]:
+        """The tensors of the files."""
+        return stored_sources(artifact)

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "generic.hpp"
+#include "layout.hpp"
 #include "number.hpp"
 
 LLMC_BEGIN
@@ -42,6 +43,20 @@ struct Rows {
   const W* values;
   int64_t width;
   float at(int64_t row, int64_t column) const { return load(values[row * width + column]); }
+};
+
+// The packed forms of layout.hpp, for random access.
+template <class W>
+struct Tiles {
+  const W* values;
+  int64_t width;
+  float at(int64_t row, int64_t column) const { return packed_value(values, width, row, column); }
+};
+template <class S>
+struct CodeTiles {
+  const uint8_t* weight;
+  int64_t width;
+  float at(int64_t row, int64_t column) const { return packed_value<S>(weight, width, row, column); }
 };
 
 // out[T, N] = x[T, K] @ weight[N, K].T + bias

@@ -6,8 +6,6 @@ import os
 import platform
 from pathlib import Path
 
-import numpy as np
-
 from ...artifact.cpu import CPU_UNIT, CpuUnit, decode_unit, library_path
 from ...artifact.reader import Artifact
 from ...spec.errors import TargetError
@@ -20,7 +18,7 @@ from .stepped import SteppedExecutor
 
 
 def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
-    """The executor of an artifact of target kind `cpu`; its weights stay mapped files.
+    """The executor of an artifact of target kind `cpu`; its weights are copied into large pages.
 
     Raises TargetError when no stored library runs on this processor.
     """
@@ -38,7 +36,7 @@ def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
     model = CpuModel(
         artifact.path / library_path(level),
         unit,
-        [np.ascontiguousarray(stored[name].data) for name in unit.weights],
+        [stored[name].data for name in unit.weights],
         layout,
         pages,
         spec.vocab_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -17,13 +18,34 @@ from ..protocol import BlockCopy
 from .cpu_library import CpuLibrary, StepArrays, aligned_empty
 from .tiles import SequencePart, TileLogits, split_tiles
 
+# Kernels prefetch and load whole vectors beyond the end of a packed matrix.
+_SLACK_BYTES = 8192
+_HUGE_PAGE = 2 << 20
 _CACHE_DTYPES = {"float32": np.float32, "bfloat16": np.uint16}
+
+
+def resident(weights: Sequence[NDArray[Any]]) -> list[NDArray[np.uint8]]:
+    """Copies of `weights` in one anonymous region of large pages, each aligned to a cache line with
+    readable bytes behind it, as kernels want them: streaming from mapped files costs a third of the bandwidth.
+    """
+    offsets = [0, *accumulate(-(-(array.nbytes + _SLACK_BYTES) // 64) * 64 for array in weights)]
+    region = mmap.mmap(-1, max(offsets[-1], 1) + _HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(region, dtype=np.uint8)
+    whole = whole[-whole.ctypes.data % _HUGE_PAGE :]
+    copies: list[NDArray[np.uint8]] = []
+    for offset, array in zip(offsets, weights, strict=False):
+        copy = whole[offset : offset + array.nbytes]
+        copy[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        copies.append(copy)
+    return copies
 
 
 class CpuModel:
     """One program's generated code over its own caches. Not thread-safe.
 
-    `weights` are in the order of the unit's slots and stay mapped.
+    `weights` are in the order of the unit's slots; they are copied.
     """
 
     def __init__(
@@ -45,7 +67,7 @@ class CpuModel:
             num_threads=num_threads,
             caches=[self._caches[layer] for layer in sorted(self._caches)],
             num_pages=num_pages,
-            weights=weights,
+            weights=resident(weights),
             arena=aligned_empty(unit.arena_bytes),
         )
 

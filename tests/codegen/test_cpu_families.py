@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from llmc.artifact.cpu import CpuLevel, CpuUnit
-from llmc.codegen.cpu.backend import cpu_weights, slot_name
+from llmc.codegen.cpu.backend import cpu_weights
 from llmc.codegen.cpu.source import MAX_THREADS, generate
 from llmc.codegen.cpu.toolchain import compile_library, find_compiler
 from llmc.compiler.trace import trace_config
@@ -60,7 +60,7 @@ def cpu_model(program, folder, pages, num_threads=1):
     library.write_bytes(compile_library(find_compiler(), source.text, best))
     store = cpu_weights(program.weights, source)
     weights = [
-        store.evaluate(slot_name(*slot)).contiguous().reshape(-1).view(torch.uint8).numpy()
+        store.evaluate(slot.stored_name).contiguous().reshape(-1).view(torch.uint8).numpy()
         for slot in source.weight_slots
     ]
     unit = CpuUnit(
@@ -70,6 +70,7 @@ def cpu_model(program, folder, pages, num_threads=1):
         max_threads=MAX_THREADS,
         arena_bytes=source.arena_bytes,
         weights=(),
+        packed=(),
         levels=(CpuLevel(name=best.name, features=()),),
         compiler="",
     )

@@ -11,11 +11,13 @@ from torch import fx
 from ....spec.errors import TargetError
 from ....spec.quant import parse_scheme
 from ..emitter import Emitter, Lowering
-from ..matrix import CodeMatrix, Matrix, StoredMatrix
+from ..matrix import CodeExperts, CodeMatrix, Experts, Matrix, StoredExperts, StoredMatrix
 from ..unit import Parameter, pointer
 from ..value import Size, Value, c_size, product
 from .elementwise import literal
+from .products import float_product, integer_product
 
+_ACCESSORS = tuple(f"llmc::plain::{name}" for name in ("Rows", "Codes", "Tiles", "CodeTiles"))
 _ROPE_STYLES = {"half", "interleaved", "interleaved_to_half"}
 
 
@@ -42,7 +44,7 @@ def call_kernel(
             texts.append(c_size(argument))
         elif argument is None:
             texts.append("nullptr")
-        elif isinstance(argument, str) and argument.startswith(("llmc::plain::Rows", "llmc::plain::Codes")):
+        elif isinstance(argument, str) and argument.startswith(_ACCESSORS):
             name = f"p{len(parameters)}"
             kind, _, content = argument.partition("{")
             parameters.append((kind, name))
@@ -56,23 +58,22 @@ def call_kernel(
     emitter.unit.call(emitter.comment(node), function, passed, reads, writes)
 
 
-def _matrix(emitter: Emitter, arg: Any) -> Matrix:
-    meta = arg.meta["val"]
+def _stored(arg: Any) -> tuple[str, tuple[int, ...], Any]:
     if arg.op != "get_attr":
         raise NotImplementedError("a matrix that is computed, not stored")
-    return StoredMatrix(str(arg.target), tuple(meta.shape), meta.dtype)
+    return str(arg.target), tuple(arg.meta["val"].shape), arg.meta["val"].dtype
 
 
-def _codes(args: Sequence[Any], scheme: str, width: int) -> CodeMatrix:
-    codes, scales, zeros = args
-    return CodeMatrix(
-        codes=str(codes.target),
-        scales=str(scales.target),
-        zeros=None if zeros is None else str(zeros.target),
-        width=width,
-        stored_bytes=int(codes.meta["val"].shape[-1]),
-        scheme=parse_scheme(scheme),
-    )
+def _codes(args: Sequence[Any], scheme_name: str, width: int) -> CodeMatrix | CodeExperts:
+    """The quantised matrix, in the layout of a tuned kernel where there is one for its scheme."""
+    scheme = parse_scheme(scheme_name)
+    codes, scales, zeros = (None if arg is None else str(arg.target) for arg in args)
+    assert codes is not None
+    assert scales is not None
+    shape = args[0].meta["val"].shape
+    if len(shape) == 2 and scheme.group_size % 32 == 0:
+        return CodeMatrix(codes, scales, zeros, int(shape[0]), width, scheme)
+    return CodeExperts(codes, scales, zeros, width, int(shape[-1]), scheme)
 
 
 def _dense(emitter: Emitter, arg: Any, node: fx.Node) -> Value:
@@ -87,35 +88,35 @@ def _present(*values: Value | None) -> list[Value]:
     return [value for value in values if value is not None]
 
 
-def _product(emitter: Emitter, node: fx.Node, matrix: Matrix, bias_arg: Any) -> Value:
-    x, bias = _dense(emitter, node.args[0], node), _optional(emitter, bias_arg, node)
+def _linear(emitter: Emitter, node: fx.Node) -> Value:
+    matrix = StoredMatrix(*_stored(node.args[1]))
+    x, bias = _dense(emitter, node.args[0], node), _optional(emitter, node.args[2], node)
     out = emitter.output(node)
-    rows = product(x.shape[:-1])
-    sizes = [rows, out.shape[-1], x.shape[-1]]
-    arguments = [out, x, matrix.argument(emitter.slots), bias, *sizes]
+    address = emitter.slots.pointer(matrix)
+    return float_product(emitter, node, matrix.element, address, out, x, bias)
+
+
+def _quantized_linear(emitter: Emitter, node: fx.Node) -> Value:
+    x, bias = _dense(emitter, node.args[0], node), _optional(emitter, node.args[4], node)
+    matrix = _codes(node.args[1:4], str(node.args[5]), int(x.shape[-1]))
+    out = emitter.output(node)
+    if isinstance(matrix, CodeMatrix):
+        return integer_product(emitter, node, matrix, out, x, bias)
+    sizes = [product(x.shape[:-1]), out.shape[-1], x.shape[-1]]
+    arguments = [out, x, matrix.lookup(emitter.slots), bias, *sizes]
     call_kernel(emitter, node, "llmc::plain::linear", arguments, _present(x, bias), [out])
     return out
 
 
-def _linear(emitter: Emitter, node: fx.Node) -> Value:
-    return _product(emitter, node, _matrix(emitter, node.args[1]), node.args[2])
-
-
-def _quantized_linear(emitter: Emitter, node: fx.Node) -> Value:
-    width = int(emitter.value(node.args[0]).shape[-1])
-    matrix = _codes(node.args[1:4], str(node.args[5]), width)
-    return _product(emitter, node, matrix, node.args[4])
-
-
-def _lookup(emitter: Emitter, node: fx.Node, matrix: Matrix) -> Value:
+def _lookup(emitter: Emitter, node: fx.Node, matrix: Matrix | Experts) -> Value:
     ids, out = _dense(emitter, node.args[0], node), emitter.output(node)
-    arguments = [out, ids, matrix.argument(emitter.slots), product(ids.shape), out.shape[-1]]
+    arguments = [out, ids, matrix.lookup(emitter.slots), product(ids.shape), out.shape[-1]]
     call_kernel(emitter, node, "llmc::plain::embedding", arguments, [ids], [out])
     return out
 
 
 def _embedding(emitter: Emitter, node: fx.Node) -> Value:
-    return _lookup(emitter, node, _matrix(emitter, node.args[1]))
+    return _lookup(emitter, node, StoredMatrix(*_stored(node.args[1])))
 
 
 def _quantized_embedding(emitter: Emitter, node: fx.Node) -> Value:
@@ -283,8 +284,8 @@ def _moe_activation(name: str, width: Size, interleaved: bool, alpha: float, lim
 def _experts(
     emitter: Emitter,
     node: fx.Node,
-    gate_up: Matrix,
-    down: Matrix,
+    gate_up: Experts,
+    down: Experts,
     rest: Sequence[Any],
     sizes: tuple[int, int],
 ) -> Value:
@@ -296,7 +297,7 @@ def _experts(
     scratch = emitter.buffer(f"{node.name}_scratch", "float", (sympy.Symbol("NT"), hidden + width))
     act = _moe_activation(str(rest[2]), width, bool(rest[3]), float(rest[4]), float(rest[5]))
     counts = [product(ids.shape[:-1]), ids.shape[-1], x.shape[-1], width, hidden]
-    matrices = [gate_up.argument(emitter.slots), down.argument(emitter.slots)]
+    matrices = [gate_up.lookup(emitter.slots), down.lookup(emitter.slots)]
     arguments = [out, x, ids, weights, *matrices, up_bias, down_bias, scratch, *counts, act]
     reads = _present(x, ids, weights, up_bias, down_bias, scratch)
     call_kernel(emitter, node, "llmc::plain::moe", arguments, reads, [out, scratch])
@@ -305,9 +306,20 @@ def _experts(
 
 def _moe(emitter: Emitter, node: fx.Node) -> Value:
     args: list[Any] = list(node.args)
-    gate_up, down = _matrix(emitter, args[3]), _matrix(emitter, args[4])
+    gate_up, down = (StoredExperts(*_stored(arg)) for arg in args[3:5])
     sizes = (int(args[3].meta["val"].shape[1]), int(args[4].meta["val"].shape[2]))
     return _experts(emitter, node, gate_up, down, args[5:11], sizes)
+
+
+def _quantized_moe(emitter: Emitter, node: fx.Node) -> Value:
+    args: list[Any] = list(node.args)
+    width = int(args[0].meta["val"].shape[-1])
+    hidden = int(args[3].meta["val"].shape[1])
+    inner = hidden if str(args[11]).startswith("plain:") else hidden // 2
+    gate_up, down = _codes(args[3:6], str(args[15]), width), _codes(args[6:9], str(args[16]), inner)
+    assert isinstance(gate_up, CodeExperts)
+    assert isinstance(down, CodeExperts)
+    return _experts(emitter, node, gate_up, down, args[9:15], (hidden, inner))
 
 
 LOWERINGS: dict[str, Lowering] = {
@@ -326,4 +338,5 @@ LOWERINGS: dict[str, Lowering] = {
     "llmc.gated_activation": _gated,
     "llmc.gated_activation_packed": _gated_packed,
     "llmc.moe": _moe,
+    "llmc.quantized_moe": _quantized_moe,
 }

@@ -48,7 +48,7 @@ def write_artifact(path, program, folder=None, target=REFERENCE):
             for name in TOKENIZER_FILES:
                 writer.copy_file(f"tokenizer/{name}", "tokenizer", folder / name)
             encode = Tokenizer.from_folder(folder).encode
-        write_oracle(writer, make_oracle(writer.preview(manifest), encode))
+        write_oracle(writer, make_oracle(program, encode))
         return writer.commit(manifest)
 
 
