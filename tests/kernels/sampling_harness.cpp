@@ -1,0 +1,50 @@
+// A C interface to the choice of tokens and to the pool, for tests.
+#include "pool.hpp"
+#include "sampling.hpp"
+
+using namespace llmc;
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int64_t run_sample(const float* logits, int64_t vocab, const SampleRow* row, void* scratch) {
+  FlushDenormals flush;  // as in a step: the sampler leaves it by itself
+  return sample_token(logits, vocab, *row, sample_scratch(scratch, vocab));
+}
+EXPORT int64_t scratch_bytes(int64_t vocab) { return sample_scratch_bytes(vocab); }
+EXPORT void run_noise(uint64_t seed, uint32_t position, const uint32_t* ids, double* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = gumbel(seed, position, ids[i]);
+}
+EXPORT void run_logprob(const float* logits, int64_t vocab, int64_t token, int64_t count, double* logprob, int64_t* rank,
+                        int32_t* top, double* top_logprobs) {
+  token_logprob(logits, vocab, token, count, logprob, rank, top, top_logprobs);
+}
+EXPORT void run_best(int nt, const float* logits, int64_t rows, int64_t vocab, Best* partial, Best* best) {
+  for (int tid = 0; tid < nt; ++tid) partial_best(tid, nt, logits, vocab, rows, vocab, partial);
+  for (int tid = 0; tid < nt; ++tid) combine_best(tid, nt, partial, rows, best);
+}
+
+EXPORT void* pool_open(int threads, int spins) { return new Pool(threads, spins); }
+EXPORT void pool_close(void* pool) { delete static_cast<Pool*>(pool); }
+EXPORT int pool_threads(void* pool) { return static_cast<Pool*>(pool)->threads(); }
+
+// Runs `regions` regions of `rounds` rounds: in each round every thread adds what its neighbour wrote in the
+// round before. Returns the sum of all cells; any missed barrier changes it.
+EXPORT int64_t pool_work(void* pool, int64_t regions, int64_t rounds) {
+  static constexpr int kMost = 64;
+  struct alignas(64) Cell { int64_t value[2]; } cells[kMost] = {};
+  int threads = 1;
+  for (int64_t r = 0; r < regions; ++r)
+    static_cast<Pool*>(pool)->run([&](int tid, int nt, Barrier& barrier) {
+      if (tid == 0) threads = nt;
+      cells[tid].value[0] += 1;
+      barrier.wait();
+      for (int64_t i = 0; i < rounds; ++i) {
+        const int64_t from = cells[(tid + 1) % nt].value[i % 2];
+        cells[tid].value[(i + 1) % 2] = (from * 3 + tid) % 1000003;
+        barrier.wait();
+      }
+      if (rounds % 2) cells[tid].value[0] = cells[tid].value[1];
+    });
+  int64_t total = 0;
+  for (int t = 0; t < threads; ++t) total += cells[t].value[0];
+  return total;
+}
