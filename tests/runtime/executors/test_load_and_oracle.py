@@ -53,10 +53,10 @@ def write_artifact(path, program, folder=None, target=REFERENCE):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, build_program):
-    """A small artifact without a tokenizer; tests that damage it work on a copy."""
+def made(tmp_path_factory, build_program, stories_1m):
+    """A small artifact with every kind of file; tests that damage it work on a copy."""
     path = tmp_path_factory.mktemp("made") / "toy.llmc"
-    return write_artifact(path, build_program(windows=(0, 12), scheme="int4_g32"))
+    return write_artifact(path, build_program(windows=(0, 12), scheme="int4_g32"), stories_1m)
 
 
 @pytest.fixture
@@ -74,8 +74,9 @@ def test_a_real_model_tells_a_story(tmp_path, build_llama, stories_1m):
     assert ledger.total_s == pytest.approx(sum(ledger.steps.values()))
 
 
-def test_the_same_program_gives_the_same_bytes(made, tmp_path, build_program):
-    again = write_artifact(tmp_path / "again.llmc", build_program(windows=(0, 12), scheme="int4_g32"))
+def test_the_same_program_gives_the_same_bytes(made, tmp_path, build_program, stories_1m):
+    program = build_program(windows=(0, 12), scheme="int4_g32")
+    again = write_artifact(tmp_path / "again.llmc", program, stories_1m)
     for entry in made.manifest.files:
         assert again.read_bytes(entry.path) == made.read_bytes(entry.path), entry.path
     assert again.manifest == made.manifest
@@ -143,6 +144,23 @@ def test_a_flipped_bit_in_any_file_is_named_at_load(made, tmp_path):
         (folder / name).write_bytes(data)
         with pytest.raises(ArtifactError, match=name.replace(".", r"\.")):
             load(folder, SMALL)
+
+
+@pytest.mark.parametrize("where", [0, 9, 200])
+def test_damage_is_told_even_when_it_stops_the_loading_first(copy, where):
+    path = copy / "weights-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[where] ^= 0x80
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"weights-00001\.safetensors is damaged in chunk 0"):
+        load(copy, SMALL)
+
+
+def test_an_artifact_without_a_tokenizer_takes_token_ids(tmp_path, build_program):
+    made = write_artifact(tmp_path / "ids.llmc", build_program())
+    with load(made.path, SMALL) as llm:
+        (output,) = llm.generate([[3, 1, 4]], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
+    assert len(output.completions[0].token_ids) == 5
 
 
 def test_a_weight_that_no_checksum_guards_is_caught_by_the_oracle(copy, made):

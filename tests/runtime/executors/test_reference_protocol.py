@@ -8,6 +8,7 @@ import torch
 
 from llmc.ir.weights import Constant
 from llmc.runtime.config import RuntimeConfig
+from llmc.runtime.executors import reference_products
 from llmc.runtime.executors.reference import make_executor, source_of_program
 from llmc.runtime.executors.reference_model import without_head
 from llmc.runtime.protocol import (
@@ -210,6 +211,20 @@ def test_threads_are_given_back(source):
     driver = Driver(source, RuntimeConfig(max_requests=4, max_step_tokens=64, num_threads=2))
     greedy(driver, 0, PROMPT, 2)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"hidden": 1160, "head_dim": 20, "generic": True}, {"ffn": 1111, "dtype": torch.bfloat16}]
+)
+def test_threads_change_no_bit(build_program, monkeypatch, fields):
+    monkeypatch.setattr(reference_products, "_THREADED_SIZE", 0)
+    source = source_of_program(build_program(windows=(0,), **fields))
+    results = []
+    for num_threads in (1, 2):
+        driver = Driver(source, RuntimeConfig(max_requests=4, max_step_tokens=64, num_threads=num_threads))
+        driver.enter(0, PROMPT, logprobs=5)
+        results.append(driver.step(whole(0, 11, LogitsWanted.PROMPT)))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("fields", [{}, {"experts": 5, "ffn": 27}], ids=["dense", "experts"])
