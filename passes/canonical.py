@@ -9,6 +9,7 @@ from .fold_constants import FoldConstants
 from .gated_activation import GatedActivation
 from .merge_common import MergeCommon
 from .name_activations import NameActivations
+from .name_norms import NameNorms
 from .normalize import Normalize
 from .rope import Rope
 from .simplify import Simplify
@@ -21,6 +22,7 @@ def canonical_passes() -> tuple[Pass, ...]:
         DropBatch(),
         MergeCommon(),
         Simplify(),
+        NameNorms(),
         NameActivations(),
         GatedActivation(),
         Rope(),

@@ -47,6 +47,7 @@ MORE = {
     "olmo2": (8, 4, set()),
     "olmo3": (8, 4, set()),
     "starcoder2": (8, 0, {"gelu"}),
+    "cohere": (8, 4, set()),
     "cohere2": (6, 4, set()),
     "glm4": (8, 4, set()),
     "exaone4": (6, 4, set()),

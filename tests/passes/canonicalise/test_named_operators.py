@@ -150,3 +150,30 @@ def test_activations_written_out_get_their_name(name, canonical):
 def test_what_is_nearly_an_activation_keeps_its_values(nearly, canonical):
     result = canonical(lambda m, x: nearly(x))
     assert "sigmoid" in operators(result) or "mul" in operators(result)
+
+
+def spelled_rms(x, eps):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def spelled_layer(x, eps):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+@pytest.mark.parametrize("spelled", [spelled_rms, spelled_layer])
+def test_norms_written_out_get_their_name_and_eps(spelled, eps, canonical):
+    result = canonical(lambda m, x: (spelled(x.reshape(-1, 3, 4), eps) * m.matrix[:3, :4]).flatten(1))
+    (norm,) = calls(result.graph, llmc.rms_norm.default, llmc.layer_norm.default)
+    assert (norm.target is llmc.layer_norm.default) == (spelled is spelled_layer)
+    assert norm.args[-3] == eps
+    assert "rsqrt" not in operators(result)
+    assert "mean" not in operators(result)
+
+
+def test_a_norm_over_other_values_stays_with_a_reason(canonical):
+    result = canonical(lambda m, x: x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + 1e-6))
+    assert "rsqrt" in operators(result)
+    misses = [miss for record in result.history for miss in record.misses if record.name == "name_norms"]
+    assert misses == ["rsqrt: no norm without a weight gives the values of its products"]
