@@ -23,7 +23,7 @@ from llmc.spec.errors import LlmcError, ModelError, RecipeError, TargetError, Us
 def refusal(kind, model, output, **options):
     before = sorted(output.parent.iterdir())
     with pytest.raises(kind) as caught:
-        compile_model(model, output=output, verify="off", **options)
+        compile_model(model, output=output, **{"verify": "off"} | options)
     assert sorted(output.parent.iterdir()) == before
     return caught.value
 
@@ -129,6 +129,8 @@ def test_ctrl_c_ends_the_command_with_130_and_leaves_nothing(stories_7m, tmp_pat
         "out.llmc",
         "--dtype",
         "float32",
+        "--verify",
+        "off",
     ]
     process = subprocess.Popen(
         command,

@@ -1,0 +1,234 @@
+"""The commands on a real artifact: compile, generate, inspect, verify, and what they say about damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from llmc.artifact.schema import SCHEMA_VERSION
+from llmc.cli.main import main
+from llmc.runtime.tokenizer import Tokenizer
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], **options)
+
+
+def answer(*arguments, **options):
+    """The JSON object a command prints; nothing else may be on stdout."""
+    result = run(*arguments, "--json", **options)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def artifact(stories_1m, tmp_path_factory):
+    """The small bundled model with 4-bit weights, made by the command line."""
+    path = tmp_path_factory.mktemp("artifact") / "stories.llmc"
+    report = answer("compile", stories_1m, "--quant", "int4", "--verify", "structure", "-o", path)
+    keys = {"artifact", "target", "recipe", "seconds", "size_bytes", "bits_per_weight", "quality", "passes"}
+    assert keys <= set(report)
+    assert {"perplexity", "reference_perplexity", "kl_mean", "kl_p99", "same_top"} <= set(report["quality"])
+    assert {"name", "seconds", "matches"} == set(report["passes"][0])
+    assert report["artifact"] == str(path)
+    return path
+
+
+@pytest.fixture
+def copy(artifact, tmp_path):
+    """A copy that may be damaged."""
+    return shutil.copytree(artifact, tmp_path / "copy.llmc")
+
+
+def test_compile_prints_a_ledger_and_a_summary(stories_1m, tmp_path):
+    result = run("compile", stories_1m, "-o", tmp_path / "out.llmc", "--verify", "off")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"Wrote {tmp_path / 'out.llmc'}")
+    assert "bits a weight" in result.stdout
+    assert "requests x 512 tokens" in result.stdout
+    assert " s  trace" in result.stderr
+    again = run("compile", stories_1m, "-o", tmp_path / "out.llmc", "--verify", "off")
+    assert again.exit_code == 2
+    assert "--force" in again.stderr
+
+
+def test_a_quiet_dry_run_prints_its_result_alone(stories_1m, tmp_path):
+    result = run("compile", stories_1m, "-o", tmp_path / "out.llmc", "--dry-run", "--quiet")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert result.stdout.startswith("Would write")
+    assert not (tmp_path / "out.llmc").exists()
+
+
+def test_generate_streams_the_text_behind_its_prompt(artifact):
+    result = run("generate", artifact, "--prompt", "Once upon a time", "--max-tokens", 12)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("Once upon a time")
+    whole = answer("generate", artifact, "--prompt", "Once upon a time", "--max-tokens", 12)
+    assert result.stdout == f"Once upon a time{whole['text']}\n"
+
+
+def test_generate_as_json_has_the_promised_keys(artifact):
+    found = answer("generate", artifact, "--prompt", "The dog", "--max-tokens", 5, "--ignore-eos")
+    keys = {
+        "prompt_token_ids",
+        "token_ids",
+        "text",
+        "finish_reason",
+        "ttft_s",
+        "tpot_s",
+        "load_s",
+        "executor",
+    }
+    assert keys == set(found)
+    assert len(found["token_ids"]) == 5
+    assert found["finish_reason"] == "length"
+    assert found["executor"] == "reference"
+    assert found["load_s"] > 0
+
+
+def test_prompts_come_from_options_files_and_standard_input(artifact, tmp_path):
+    (tmp_path / "prompt.txt").write_text("The dog\n")
+    alone = answer("generate", artifact, "--prompt", "The dog", "--max-tokens", 4)
+    from_file = answer("generate", artifact, "--prompt-file", tmp_path / "prompt.txt", "--max-tokens", 4)
+    from_stdin = answer("generate", artifact, "-", "--max-tokens", 4, input="The dog\n")
+    assert alone["token_ids"] == from_file["token_ids"] == from_stdin["token_ids"]
+    both = answer("generate", artifact, "--prompt", "The dog", "--prompt", "A cat", "--max-tokens", 4)
+    assert both["results"][0]["token_ids"] == alone["token_ids"]
+    assert len(both["results"]) == 2
+
+
+def test_a_seed_makes_sampling_repeatable(artifact):
+    options = ("--prompt", "The", "--max-tokens", 12, "--temperature", 1.5, "--top-k", 50, "--ignore-eos")
+    one, two, other = (answer("generate", artifact, *options, "--seed", seed) for seed in (7, 7, 8))
+    assert one["token_ids"] == two["token_ids"]
+    assert one["token_ids"] != other["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "fragments"),
+    [
+        (["--prompt", ""], "request.empty_prompt", ["empty"]),
+        (["--prompt", "word " * 600], "request.prompt_too_long", ["512"]),
+        (["--prompt", "x", "--temperature", "-1"], "request.temperature", ["-1"]),
+        (["--prompt", "x", "--top-p", "2"], "request.top_p", ["2"]),
+        (["--prompt", "x", "--chat"], "request.no_chat_template", ["chat template"]),
+    ],
+)
+def test_bad_requests_are_refused_by_name(artifact, options, code, fragments):
+    result = run("generate", artifact, *options, "--json")
+    assert result.exit_code == 2
+    error = json.loads(result.stdout)["error"]
+    assert error["code"] == code
+    assert all(fragment in " ".join(error.values()) for fragment in fragments)
+
+
+def test_a_prompt_beyond_the_context_is_told_both_numbers(artifact):
+    text = "a b c " * 180
+    num_tokens = len(Tokenizer.from_folder(artifact / "tokenizer").encode(text))
+    result = run("generate", artifact, "--prompt", text)
+    assert result.exit_code == 2
+    assert f"The prompt has {num_tokens} tokens, and the context is 512 tokens." in result.stderr
+
+
+def test_inspect_tells_what_is_inside(artifact, stories_1m):
+    found = answer("inspect", artifact)
+    assert found["spec"]["family"] == "llama"
+    assert found["recipe"]["name"] == "int4"
+    assert any(entry["name"] == "rtn" for entry in found["history"])
+    assert "llmc.paged_attention" in run("inspect", artifact, "--graph").output
+    explained = run("inspect", artifact, "--pass", "rtn").output
+    assert "int4_g32" in explained
+    missing = run("inspect", artifact, "--pass", "rtm")
+    assert missing.exit_code == 2
+    assert "rtn" in missing.stderr
+    fit = answer("inspect", artifact, "--fit", "--memory", "1G", "--context", 100)
+    assert fit["requests"] == fit["cache_tokens"] // 100 > 0
+    model = answer("inspect", stories_1m)
+    assert model["model_type"] == "llama"
+    assert model["stored_dtypes"] == ["bfloat16"]
+
+
+def test_passes_and_recipes_are_shown_and_checked(tmp_path, stories_1m):
+    names = [entry["name"] for entry in answer("passes")["passes"]]
+    assert {"normalize", "rtn", "kv_layout", "memory_plan"} <= set(names)
+    assert "page_tokens" in run("passes", "kv_layout").output
+    assert "kv_layout" in run("passes", "kv_layuot").stderr
+    assert {entry["name"] for entry in answer("recipe", "list")["presets"]} >= {"int4", "int8"}
+    text = run("recipe", "show", "int4").output
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(text)
+    assert run("recipe", "check", recipe).exit_code == 0
+    recipe.write_text(text.replace("bits: 4", "bits: 5"))
+    assert run("recipe", "check", recipe).exit_code == 2
+    recipe.write_text(text.replace("  - kv_layout", "  - kv_layuot"))
+    assert "kv_layout" in run("recipe", "check", recipe).stderr
+    assert run("recipe", "show", "int44").exit_code == 2
+
+
+def test_an_edited_recipe_compiles(tmp_path, stories_1m):
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(run("recipe", "show", "int4").output.replace("name: int4", "name: mine"))
+    options = ("--recipe", recipe, "--set", "rtn.bits=8", "--verify", "off", "-o", tmp_path / "out.llmc")
+    found = answer("compile", stories_1m, *options)
+    assert found["recipe"] == "mine"
+    assert found["bits_per_weight"] > 8
+
+
+def test_a_whole_artifact_verifies(artifact):
+    assert answer("verify", artifact) == {"ok": True, "problems": []}
+
+
+def test_a_flipped_bit_in_any_file_is_found_and_named(copy):
+    for path in sorted(path for path in copy.rglob("*") if path.is_file()):
+        original = path.read_bytes()
+        damaged = bytearray(original)
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+        name = path.relative_to(copy).as_posix()
+        result = run("verify", copy, "--json")
+        assert result.exit_code == 1, name
+        assert any(problem.startswith(name) for problem in json.loads(result.stdout)["problems"]), name
+        refused = run("generate", copy, "--prompt", "x")
+        assert refused.exit_code == 3, name
+        assert name in refused.stderr
+        path.write_bytes(original)
+    assert run("verify", copy).exit_code == 0
+
+
+def test_a_missing_or_foreign_file_is_found(copy):
+    (copy / "notes.txt").write_text("not part of it")
+    assert "notes.txt" in run("verify", copy).output
+    (copy / "notes.txt").unlink()
+    (copy / "report.json").unlink()
+    refused = run("generate", copy, "--prompt", "x")
+    assert refused.exit_code == 3
+    assert "report.json is missing" in refused.stderr
+
+
+def test_an_artifact_of_a_newer_schema_is_refused_with_both_versions(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["schema_version"] = SCHEMA_VERSION + 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    refused = run("generate", copy, "--prompt", "x")
+    assert refused.exit_code == 3
+    assert f"schema version {SCHEMA_VERSION + 1}" in refused.stderr
+    assert f"up to {SCHEMA_VERSION}" in refused.stderr
+
+
+def test_a_model_is_no_artifact_and_says_so(stories_1m):
+    refused = run("generate", stories_1m, "--prompt", "x")
+    assert refused.exit_code == 3
+    assert "must be compiled first" in refused.stderr
+
+
+def test_errors_as_json_are_one_object_on_stdout():
+    result = run("compile", "no/such/folder/anywhere", "--json")
+    assert result.exit_code == 3
+    error = json.loads(result.stdout)["error"]
+    assert set(error) == {"code", "what", "why", "fix"}
+    assert error["code"] == "model.not_found"
+    assert result.stderr == ""
