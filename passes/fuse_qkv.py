@@ -4,7 +4,8 @@
     k = llmc.linear(x, wk, None)                    →    q = aten.slice(y, 1, 0, 64)
     v = llmc.linear(x, wv, None)                         k = aten.slice(y, 1, 64, 96) ...
 
-Candidates are the linears nearest above the q, k and v of one attention; those of one input are joined.
+Candidates are the linears nearest above the q, k and v of one attention, and those nearest above these (the
+down-projections of latent attention); those of one input are joined.
 """
 
 from __future__ import annotations
@@ -62,15 +63,15 @@ class FuseQkv:
 
 
 def _projections(attention: fx.Node) -> list[fx.Node]:
-    """The linears nearest above q, k and v, in that order.
+    """The linears at most two above q, k and v, the nearest first.
 
     Of an attention that reads another layer's cache only q counts: its own k and v are about to die.
     """
     reads_own = argument(attention, "kv_source") == argument(attention, "layer")
-    found: dict[fx.Node, None] = {}
-    for name in ("q", "k", "v") if reads_own else ("q",):
-        found |= dict.fromkeys(nearest_linears(argument(attention, name)))
-    return list(found)
+    names = ("q", "k", "v") if reads_own else ("q",)
+    nearest = [linear for name in names for linear in nearest_linears(argument(attention, name))]
+    further = [linear for below in nearest for linear in nearest_linears(argument(below, "x"))]
+    return list(dict.fromkeys((*nearest, *further)))
 
 
 def _by_input(linears: list[fx.Node]) -> list[list[fx.Node]]:

@@ -33,6 +33,7 @@ from .base import (
     expect_option,
     option,
 )
+from .bits import num_parameters
 from .graph import argument, calls, erase_dead, weight_nodes
 from .quantize_weight import MOE, Role, quantize_experts, quantize_matrix, weight_roles
 
@@ -84,8 +85,8 @@ class Rtn:
         erase_dead(graph)
         misses = tuple(
             f"{name}: it is read by something other than a linear, a table or one mixture of experts"
-            for name in readers
-            if name not in roles and _is_matrix(program.weights[name])
+            for name in _large(program)
+            if name not in roles
         )
         decisions = tuple(
             Decision(
@@ -166,5 +167,8 @@ def _quantize_mixture(
     return {}
 
 
-def _is_matrix(expr: Expr) -> bool:
-    return len(expr.shape) > 1 and expr.dtype.is_floating_point
+def _large(program: Program) -> list[str]:
+    """Matrices that hold at least one in a hundred parameters."""
+    counts = {name: num_parameters(program.weights[name]) for name in program.used_weights()}
+    least = sum(counts.values()) / 100
+    return [name for name in counts if counts[name] >= least and len(program.weights[name].shape) > 1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmc.ir.infer import infer
-from llmc.ir.weights import Concat
+from llmc.ir.weights import Concat, Constant
 from llmc.passes.base import PassContext
 from llmc.passes.fuse_add_norm import FuseAddNorm
 from llmc.passes.fuse_gate_up import FuseGateUp
@@ -180,6 +180,24 @@ def test_all_fusions_follow_one_another(toy):
     done = run(toy(bias=True), FuseQkv(), FuseGateUp(), FuseAddNorm())
     assert [record.matches for record in done.history] == [2, 2, 4]
     assert count(done, ops.linear.default) == 2 * 4 + 1
+
+
+def test_the_down_projections_of_latent_attention_are_joined(toy):
+    """q and k, v come from narrow linears of one input, through norms and wide linears of their own."""
+    program = toy(num_layers=1)
+    graph = program.copy_graph()
+    added = {}
+    for index, node in enumerate(calls(graph, ops.linear.default)[:3]):
+        with graph.inserting_before(node):
+            added[f"a{index}.weight"] = Constant(torch.randn(32, 32))
+            weight = graph.get_attr(f"a{index}.weight")
+            down = graph.call_function(ops.linear.default, (node.args[0], weight, None))
+            norm = graph.call_function(ops.rms_norm.default, (down, None, 1e-5, 0.0, "cast_then_scale"))
+        node.update_arg(0, norm)
+    changed = program.replace(graph=graph, weights=program.weights.with_entries(added))
+    done = run(changed, FuseQkv(expect=1))
+    assert "a0+a1+a2.weight" in done.weights
+    assert count(done, ops.linear.default) == count(program, ops.linear.default) + 1
 
 
 def test_joined_names_are_readable():
