@@ -108,7 +108,8 @@ def _compile(request: CompileRequest, ledger: Ledger) -> CompileResult:
                 lambda weight: ledger.progress.advance(weight.done_bytes, weight.total_bytes, weight.name),
             )
         quality = finish_artifact(request, opened.checkpoint, compiled, writer, ledger)
-        artifact = writer.commit(make_manifest(request, opened.checkpoint, compiled))
+        with ledger.stage("hash the source and commit"):
+            artifact = writer.commit(make_manifest(request, opened.checkpoint, compiled))
     return _result(request, compiled, ledger, size_bytes=artifact.size_bytes, quality=quality)
 
 

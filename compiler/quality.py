@@ -27,7 +27,7 @@ PROBE_TEXTS = (
     "1. Wash the apples.\n2. Cut them into pieces.\n3. Put everything into a large pot.",
 )
 # Multiply-adds spent on each of the two runs; one token costs one for every parameter.
-_BUDGET = 120_000_000_000
+_BUDGET = 60_000_000_000
 _FEWEST, _MOST = 16, 256
 _BAND = 16  # rows compared at a time
 

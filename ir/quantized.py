@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..spec.quant import QuantScheme
 
-_BAND_VALUES = 1 << 22
+_BAND_VALUES = 1 << 19
 
 
 class QTensor(NamedTuple):

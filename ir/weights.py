@@ -18,7 +18,7 @@ from ..spec.errors import InternalError, ModelError
 from ..spec.quant import QuantScheme
 from .quantized import QTensor, quantize_rtn
 
-_QUANTIZE_ROWS = 8192
+_BAND_VALUES = 1 << 19
 _READ_BYTES = 256 << 20
 
 
@@ -32,21 +32,32 @@ class Reader:
     def __init__(self) -> None:
         self._files: dict[str, safe_open] = {}
         self._num_bytes = 0
+        self._quantized: tuple[Expr, QuantScheme, QTensor] | None = None
 
     def tensor(self, path: str, key: str) -> Tensor:
         """The stored tensor `key` of file `path`."""
         if self._num_bytes > _READ_BYTES:
-            self.close()
+            self._files.clear()
+            self._num_bytes = 0
         if path not in self._files:
             self._files[path] = safe_open(path, framework="pt")
         tensor = self._files[path].get_tensor(key)
         self._num_bytes += tensor.nbytes
         return tensor
 
+    def quantized(self, of: Expr, scheme: QuantScheme) -> QTensor:
+        """`of` rounded to nearest. The last result is kept, since its parts are asked for one by one."""
+        last = self._quantized
+        if last is None or last[0] is not of or last[1] != scheme:
+            self._quantized = None
+            self._quantized = last = (of, scheme, quantize_in_bands(of.evaluate(self), scheme))
+        return last[2]
+
     def close(self) -> None:
         """Unmap everything but what is still in use."""
         self._files.clear()
         self._num_bytes = 0
+        self._quantized = None
 
 
 class Expr(Protocol):
@@ -286,14 +297,24 @@ class Quantized:
         return torch.int8 if signed else torch.uint8
 
     def evaluate(self, reader: Reader) -> Tensor:
-        """Quantise in bands of rows, so that the float32 copy stays small."""
-        weight = self.of.evaluate(reader)
-        rows = weight.reshape(-1, weight.shape[-1])
-        out = torch.empty((rows.shape[0], self.shape[-1]), dtype=self.dtype)
-        for start in range(0, rows.shape[0], _QUANTIZE_ROWS):
-            band: QTensor = quantize_rtn(rows[start : start + _QUANTIZE_ROWS], self.scheme)
-            out[start : start + _QUANTIZE_ROWS] = getattr(band, self.part)
-        return out.reshape(self.shape)
+        """The part; its siblings, usually asked for next, are kept by `reader` until then."""
+        whole = reader.quantized(self.of, self.scheme)
+        part: Tensor = getattr(whole, self.part)
+        return part.reshape(self.shape)
+
+
+def quantize_in_bands(weight: Tensor, scheme: QuantScheme) -> QTensor:
+    """`quantize_rtn` of `weight[..., K]`, a few rows at a time: small bands stay in the caches of the
+    processor, and their float32 copies take no memory to speak of."""
+    rows = weight.reshape(-1, weight.shape[-1])
+    size = max(1, _BAND_VALUES // max(1, rows.shape[1]))
+    bands = [quantize_rtn(rows[start : start + size], scheme) for start in range(0, rows.shape[0], size)]
+    zeros = [band.zeros for band in bands if band.zeros is not None]
+    return QTensor(
+        torch.cat([band.codes for band in bands]),
+        torch.cat([band.scales for band in bands]),
+        torch.cat(zeros) if zeros else None,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -125,14 +126,20 @@ def measure(folder: Path, quant: str, out: Path) -> dict[str, object]:
     """Compile in a fresh process: its own report, wall seconds and peak resident size."""
     command = [sys.executable, "-m", "llmc.cli", "compile", str(folder), "--quant", quant]
     command += ["-o", str(out), "--json", "--force"]
-    started = time.monotonic()
+    started, before = time.monotonic(), os.times()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    seconds = time.monotonic() - started
+    seconds, after = time.monotonic() - started, os.times()
+    processor_seconds = sum(after[2:4]) - sum(before[2:4])
     report = json.loads(done.stdout)
     # The largest child so far; sizes are measured in rising order, so that each is seen.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     kept = ("size_bytes", "bits_per_weight", "quality", "ledger")
-    return {"wall_s": round(seconds, 1), "peak_rss_bytes": peak, **{key: report[key] for key in kept}}
+    return {
+        "wall_s": round(seconds, 1),
+        "processor_s": round(processor_seconds, 1),
+        "peak_rss_bytes": peak,
+        **{key: report[key] for key in kept},
+    }
 
 
 def main() -> None:
@@ -157,7 +164,8 @@ def main() -> None:
                 subprocess.run(script, check=True)
             out = Path(temporary) / f"{name}.llmc"
             results[name] = found = measure(folder, arguments.quant, out)
-            print(f"{name}: {found['wall_s']} s, peak {found['peak_rss_bytes'] / 2**30:.2f} GiB")
+            times = f"{found['wall_s']} s, {found['processor_s']} s of processor"
+            print(f"{name}: {times}, peak {found['peak_rss_bytes'] / 2**30:.2f} GiB")
             shutil.rmtree(out)
     print(record.write(results))
 
