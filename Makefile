@@ -5,15 +5,18 @@
 #   make test-full   every test; after `test` on the same command line, only those that `test` left out
 #   make lint typecheck bench clean
 #
-# PYTHON=/path/to/python3 chooses the interpreter of a new .venv. PYTEST_ARGS is handed to pytest. On a
-# machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels saves gigabytes of CUDA.
+# PYTHON=/path/to/python3 chooses the interpreter of a new .venv. Tests run in one process a core (WORKERS=0:
+# in one process), each with one torch thread; PYTEST_ARGS is handed to pytest. On a machine without a GPU,
+# PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels saves gigabytes of CUDA.
 
 VENV := .venv
 STAMP := $(VENV)/.complete
 BIN := $(VENV)/bin
 PYTHON ?=
+WORKERS ?= auto
 PYTEST_ARGS ?=
-PYTEST := $(BIN)/pytest $(PYTEST_ARGS)
+# A file's tests stay in one process: they share what its fixtures compiled.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 DEMO := build/demo
 
 .PHONY: demo test test-full lint typecheck bench clean
