@@ -17,6 +17,7 @@ from .inspect import inspect
 from .models import models
 from .passes import passes
 from .recipe import recipe
+from .serve import serve
 from .targets import targets
 from .verify import verify
 
@@ -53,5 +54,5 @@ def main() -> None:
     """
 
 
-for _command in (compile_command, generate, verify, inspect, passes, recipe, targets, models, doctor):
+for _command in (compile_command, generate, serve, verify, inspect, passes, recipe, targets, models, doctor):
     main.add_command(_command)

@@ -71,6 +71,11 @@ class LLM:
         """What can be served: context length, requests at a time, tokens a step."""
         return self.engine.limits
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why the engine serves no more; None while it does."""
+        return self._loop.failure
+
     def default_params(self) -> SamplingParams:
         """The generation defaults the model came with; greedy when it came with none."""
         if self.tokenizer is None:
@@ -151,9 +156,8 @@ class LLM:
             with contextlib.suppress(RuntimeError):  # the event loop, and with it the reader, may be gone
                 loop.call_soon_threadsafe(told.put_nowait, chunk)
 
-        session = self._session(prompt, params, sink, request_id, priority, timeout_s)
+        session = self.submit(prompt, params, sink, request_id, priority=priority, timeout_s=timeout_s)
         num_open = len(session.requests)
-        self._loop.submit(session)
         try:
             while num_open:
                 chunk = await told.get()
@@ -165,6 +169,22 @@ class LLM:
         finally:
             if num_open:
                 self._loop.abort(session.request_id)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        sink: Sink,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> Session:
+        """Queues a request whose chunks go to `sink`, which the engine's thread calls and must not be held
+        up by. An exception it is given is the end of the whole request."""
+        session = self._session(prompt, params, sink, request_id, priority, timeout_s)
+        self._loop.submit(session)
+        return session
 
     def abort(self, request_id: str) -> None:
         """Ends a request from wherever; its stream ends with reason ABORT."""

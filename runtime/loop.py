@@ -32,6 +32,11 @@ class EngineLoop:
         self._is_closed = False
         self._failure: Exception | None = None
 
+    @property
+    def failure(self) -> Exception | None:
+        """What broke the engine; every request is refused with it from then on."""
+        return self._failure
+
     def submit(self, session: Session) -> None:
         """Queues all requests of a session. What the engine refuses goes to the session's sink."""
         self._send(lambda: self._add(session))

@@ -1,0 +1,150 @@
+"""The way to an engine: commands go in, events come out on the event loop. Knows no HTTP. Events of one step
+wake the loop once, whatever their number."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ...spec.errors import InternalError, LlmcError
+from ..llm import LLM
+from ..outputs import StreamChunk
+from .messages import Abort, Command, EngineFacts, EngineSnapshot, Event, Failed, Generate, Said
+
+Deliver = Callable[[Sequence[Event]], None]
+
+
+class EngineChannel(Protocol):
+    """What the server needs of an engine, wherever it runs."""
+
+    @property
+    def facts(self) -> EngineFacts: ...
+
+    def connect(self, deliver: Deliver) -> None:
+        """Events go to `deliver`, in the running event loop, from now on."""
+        ...
+
+    def send(self, command: Command) -> None:
+        """Never raises for a request that cannot be served: that is a `Failed`."""
+        ...
+
+    def snapshot(self) -> EngineSnapshot: ...
+
+    def close(self) -> None:
+        """Ends all requests and the engine. Waits for it."""
+        ...
+
+
+class LocalChannel:
+    """An engine in a thread of this process."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._events: deque[Event] = deque()
+        self._is_waking = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._deliver: Deliver | None = None
+        caps = llm.engine.blocks
+        self._facts = EngineFacts(
+            executor=llm.executor_name,
+            limits=llm.limits,
+            defaults=llm.default_params(),
+            eos_token_ids=llm.eos_token_ids,
+            num_blocks=tuple(caps.available()),
+            page_tokens=tuple(group.page_tokens for group in caps.groups),
+        )
+
+    @property
+    def facts(self) -> EngineFacts:
+        return self._facts
+
+    def connect(self, deliver: Deliver) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._deliver = deliver
+
+    def send(self, command: Command) -> None:
+        if isinstance(command, Abort):
+            self._llm.abort(command.request_id)
+            return
+        try:
+            self._generate(command)
+        except LlmcError as error:
+            self._say(failed(command.request_id, error))
+
+    def snapshot(self) -> EngineSnapshot:
+        engine = self._llm.engine
+        stats = engine.stats
+        shares = zip(engine.blocks.available(), self._facts.num_blocks, strict=True)
+        failure = self._llm.failure
+        return EngineSnapshot(
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            kv_usage=max((1.0 - free / total for free, total in shares if total), default=0.0),
+            num_steps=stats.num_steps,
+            num_failed_steps=stats.num_failed_steps,
+            num_preemptions=stats.num_preemptions,
+            num_computed_tokens=stats.num_computed_tokens,
+            drafted_at=tuple(stats.drafted_at),
+            accepted_at=tuple(stats.accepted_at),
+            failure=None if failure is None else f"{type(failure).__name__}: {failure}",
+        )
+
+    def close(self) -> None:
+        self._llm.close()
+
+    def _generate(self, command: Generate) -> None:
+        request_id = command.request_id
+
+        def sink(told: StreamChunk | Exception) -> None:
+            self._say(Said(told) if isinstance(told, StreamChunk) else failed(request_id, told))
+
+        self._llm.submit(
+            command.prompt_token_ids,
+            command.params,
+            sink,
+            request_id,
+            priority=command.priority,
+            timeout_s=command.timeout_s,
+        )
+
+    def _say(self, event: Event) -> None:
+        """From the engine's thread or the loop's own. Appending comes before looking at the flag, and the
+        flag is lowered before reading: no event is left behind."""
+        self._events.append(event)
+        loop = self._loop
+        if loop is None or self._is_waking:
+            return
+        self._is_waking = True
+        try:
+            loop.call_soon_threadsafe(self._flush)
+        except RuntimeError:  # the loop is closed: nobody is left to be told
+            self._events.clear()
+
+    def _flush(self) -> None:
+        self._is_waking = False
+        events: list[Event] = []
+        while self._events:
+            events.append(self._events.popleft())
+        if self._deliver is not None and events:
+            self._deliver(events)
+
+
+def failed(request_id: str, error: Exception) -> Failed:
+    """An exception as a message."""
+    if not isinstance(error, LlmcError):
+        error = InternalError(
+            "engine.failed",
+            "The engine failed.",
+            f"{type(error).__name__}: {error}.",
+            "Look into the server's log, and report this.",
+        )
+    return Failed(
+        request_id=request_id,
+        status=error.http_status,
+        code=error.code,
+        what=error.what,
+        why=error.why,
+        fix=error.fix,
+    )

@@ -1,0 +1,141 @@
+"""Answers of /v1/chat/completions: one assistant message per choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from ...spec.errors import InternalError
+from ..protocol import TokenLogprob
+from .codec import Codec
+from .plan import Plan
+from .responses import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatDeltaChoice,
+    ChatLogprobs,
+    ChatResponse,
+    ChatTokenLogprob,
+    Delta,
+    TopLogprob,
+    Usage,
+)
+from .run import Piece
+from .writer import Heading, finish_of
+
+
+class ChatWriter:
+    """The first chunk of a choice has its role. `usage_so_far` is asked for every chunk where continuous
+    usage is wanted; `reports_usage` puts `usage: null` into the others, as OpenAI does."""
+
+    def __init__(
+        self,
+        heading: Heading,
+        plan: Plan,
+        codec: Codec,
+        *,
+        with_token_ids: bool = False,
+        reports_usage: bool = False,
+        usage_so_far: Callable[[], Usage] | None = None,
+    ) -> None:
+        self._heading = heading
+        self._plan = plan
+        self._codec = codec
+        self._with_token_ids = with_token_ids
+        self._reports_usage = reports_usage
+        self._usage_so_far = usage_so_far
+        self._begun = [False] * plan.num_sequences
+        self._is_first = True
+
+    def chunks(self, pieces: Sequence[Piece]) -> list[msgspec.Struct]:
+        return [self._wrap([self._delta(piece)]) for piece in pieces]
+
+    def usage_chunk(self, usage: Usage) -> ChatChunk:
+        heading = self._heading
+        return ChatChunk(id=heading.id, created=heading.created, model=heading.model, choices=[], usage=usage)
+
+    def whole(self, pieces: Sequence[Piece], usage: Usage) -> ChatResponse:
+        parts: list[list[ChatDeltaChoice]] = [[] for _ in range(self._plan.num_sequences)]
+        for piece in pieces:
+            parts[piece.choice].append(self._delta(piece))
+        heading = self._heading
+        return ChatResponse(
+            id=heading.id,
+            created=heading.created,
+            model=heading.model,
+            choices=[_joined(each) for each in parts],
+            usage=usage,
+            sampling=self._plan.params[0],
+            prompt_token_ids=list(self._plan.prompts[0]) if self._with_token_ids else None,
+        )
+
+    def _wrap(self, choices: list[ChatDeltaChoice]) -> ChatChunk:
+        heading = self._heading
+        usage = self._usage_so_far() if self._usage_so_far else None if self._reports_usage else msgspec.UNSET
+        is_first, self._is_first = self._is_first, False
+        return ChatChunk(
+            id=heading.id,
+            created=heading.created,
+            model=heading.model,
+            choices=choices,
+            usage=usage,
+            sampling=self._plan.params[0] if is_first else msgspec.UNSET,
+            prompt_token_ids=(
+                list(self._plan.prompts[0]) if is_first and self._with_token_ids else msgspec.UNSET
+            ),
+        )
+
+    def _delta(self, piece: Piece) -> ChatDeltaChoice:
+        chunk = piece.chunk
+        is_first = not self._begun[piece.choice]
+        self._begun[piece.choice] = True
+        logprobs: ChatLogprobs | None = None
+        if chunk.logprobs:
+            logprobs = ChatLogprobs(content=[self._logprob(entry) for entry in chunk.logprobs])
+        return ChatDeltaChoice(
+            index=piece.choice,
+            delta=Delta(
+                role="assistant" if is_first else msgspec.UNSET,
+                content=chunk.text if chunk.text or is_first else msgspec.UNSET,
+            ),
+            finish_reason=finish_of(chunk.finish_reason),
+            logprobs=logprobs,
+            stop_reason=chunk.stop_reason,
+            token_ids=list(chunk.token_ids) if self._with_token_ids else None,
+        )
+
+    def _logprob(self, entry: TokenLogprob) -> ChatTokenLogprob:
+        codec = self._codec
+        return ChatTokenLogprob(
+            token=codec.show(entry.token_id),
+            logprob=entry.logprob,
+            bytes=codec.bytes_of(entry.token_id),
+            top_logprobs=[
+                TopLogprob(token=codec.show(token_id), logprob=logprob, bytes=codec.bytes_of(token_id))
+                for token_id, logprob in entry.top
+            ],
+        )
+
+
+def _joined(parts: Sequence[ChatDeltaChoice]) -> ChatChoice:
+    """The sum of the chunks of one choice."""
+    first, last = parts[0], parts[-1]
+    if last.finish_reason is None:
+        raise InternalError(
+            "server.no_ending",
+            "A choice has no ending.",
+            "Its last piece carried no finish reason.",
+            "Report this with the request.",
+        )
+    content = [entry for part in parts if part.logprobs is not None for entry in part.logprobs.content]
+    texts = [part.delta.content for part in parts]
+    return ChatChoice(
+        index=first.index,
+        message=AssistantMessage(content="".join(text for text in texts if isinstance(text, str))),
+        finish_reason=last.finish_reason,
+        logprobs=ChatLogprobs(content=content) if content else None,
+        stop_reason=last.stop_reason,
+        token_ids=None if first.token_ids is None else [t for part in parts for t in part.token_ids or ()],
+    )

@@ -1,0 +1,162 @@
+"""From a decoded request to its answer: admission, plan, run, writer. The one place where these meet."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ...spec.errors import LlmcError
+from .backlog import Place
+from .body import read_body
+from .chat_writer import ChatWriter
+from .completion_writer import CompletionWriter
+from .decode import decode_body
+from .errors import bad_request
+from .fields import CHAT_FIELDS, COMPLETION_FIELDS
+from .plan import Plan, count_sequences, plan_chat, plan_completion, split_prompts
+from .reply import reply_stream, reply_whole
+from .requests import ChatRequest, CompletionRequest, GenerationFields
+from .responses import Usage
+from .run import Run
+from .state import ServedModel, ServerState
+from .writer import Heading, Writer
+
+T = TypeVar("T")
+_LARGE_BODY = 16384  # tokenising more than this would hold up other requests
+
+
+async def generate_completion(state: ServerState, request: Request, owner: str) -> Response:
+    """/v1/completions. Raises LlmcError for everything that is not a 200."""
+    arrival_s = state.clock()
+    state.check_admits()
+    body = await read_body(request, state.config)
+    asked = decode_body(body, CompletionRequest, COMPLETION_FIELDS)
+    model = state.model(asked.model)
+    num_sequences = count_sequences(asked, len(split_prompts(asked.prompt)), state.config)
+
+    def plan() -> tuple[Plan, list[str] | None]:
+        defaults = model.client.facts.defaults
+        made = plan_completion(asked, model.codec, defaults, state.config, state.draw_seed)
+        return made, _echoed(asked, model, made) if asked.echo else None
+
+    def writer(run: Run, plan_and_echo: tuple[Plan, list[str] | None]) -> Writer:
+        return CompletionWriter(
+            _heading("cmpl", asked, model),
+            run.plan,
+            model.codec,
+            echoed=plan_and_echo[1],
+            with_token_ids=asked.return_token_ids,
+            reports_usage=_wants_usage(asked),
+            usage_so_far=_continuous(asked, run),
+        )
+
+    check_stream_options(asked)
+    place = _enter(model, owner, num_sequences)
+    made = await _planned(model, place, plan, len(body))
+    run = _start(state, model, place, made[0], arrival_s)
+    return await _reply(state, run, writer(run, made), asked, request)
+
+
+async def generate_chat(state: ServerState, request: Request, owner: str) -> Response:
+    """/v1/chat/completions. Raises LlmcError for everything that is not a 200."""
+    arrival_s = state.clock()
+    state.check_admits()
+    body = await read_body(request, state.config)
+    asked = decode_body(body, ChatRequest, CHAT_FIELDS)
+    model = state.model(asked.model)
+    num_sequences = count_sequences(asked, 1, state.config)
+
+    def plan() -> Plan:
+        return plan_chat(asked, model.codec, model.client.facts.defaults, state.config, state.draw_seed)
+
+    check_stream_options(asked)
+    place = _enter(model, owner, num_sequences)
+    made = await _planned(model, place, plan, len(body))
+    run = _start(state, model, place, made, arrival_s)
+    writer = ChatWriter(
+        _heading("chatcmpl", asked, model),
+        made,
+        model.codec,
+        with_token_ids=asked.return_token_ids,
+        reports_usage=_wants_usage(asked),
+        usage_so_far=_continuous(asked, run),
+    )
+    return await _reply(state, run, writer, asked, request)
+
+
+def _enter(model: ServedModel, owner: str, num_sequences: int) -> Place:
+    try:
+        return model.backlog.enter(owner, num_sequences)
+    except LlmcError as error:
+        model.metrics.rejected(error.code)
+        raise
+
+
+async def _planned(model: ServedModel, place: Place, plan: Callable[[], T], num_bytes: int) -> T:
+    """Tokenises, beside the event loop where that takes long. What is refused gives its place back."""
+    try:
+        return plan() if num_bytes < _LARGE_BODY else await asyncio.to_thread(plan)
+    except BaseException as error:
+        model.backlog.leave(place)
+        if isinstance(error, LlmcError):
+            model.metrics.rejected(error.code)
+        raise
+
+
+def _start(state: ServerState, model: ServedModel, place: Place, plan: Plan, arrival_s: float) -> Run:
+    try:
+        return Run(plan, model.client, model.backlog, place, model.metrics, arrival_s)
+    except BaseException:
+        model.backlog.leave(place)
+        raise
+
+
+async def _reply(
+    state: ServerState, run: Run, writer: Writer, asked: GenerationFields, request: Request
+) -> Response:
+    if not asked.stream:
+        return await reply_whole(run, writer, request)
+    return await reply_stream(
+        run, writer, with_usage=_wants_usage(asked), send_timeout_s=state.config.send_timeout_s
+    )
+
+
+def check_stream_options(asked: GenerationFields) -> None:
+    """A 400 for stream options without a stream."""
+    if asked.stream_options is not None and not asked.stream:
+        raise bad_request(
+            "request.stream_options",
+            "stream_options are given and stream is not true.",
+            "They say how to stream.",
+            "Set stream to true, or leave them out.",
+            "stream_options",
+        )
+
+
+def _echoed(asked: CompletionRequest, model: ServedModel, plan: Plan) -> list[str]:
+    """The prompts as text, as they were sent where they were text."""
+    prompts = split_prompts(asked.prompt)
+    return [
+        prompt if isinstance(prompt, str) else model.codec.decode(token_ids)
+        for prompt, token_ids in zip(prompts, plan.prompts, strict=True)
+    ]
+
+
+def _heading(prefix: str, asked: GenerationFields, model: ServedModel) -> Heading:
+    name = asked.request_id or secrets.token_hex(12)
+    return Heading(id=f"{prefix}-{name}", created=int(time.time()), model=model.name)
+
+
+def _wants_usage(asked: GenerationFields) -> bool:
+    return asked.stream and asked.stream_options is not None and asked.stream_options.include_usage
+
+
+def _continuous(asked: GenerationFields, run: Run) -> Callable[[], Usage] | None:
+    options = asked.stream_options
+    return run.usage if asked.stream and options is not None and options.continuous_usage_stats else None

@@ -1,0 +1,79 @@
+"""All that server and engine say to each other: plain structs that msgspec can write as bytes and read back.
+Knows no socket and no thread, so that the engine may as well live in another process."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..admission import EngineLimits
+from ..outputs import StreamChunk
+from ..params import SamplingParams
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Generate `params.n` completions of one prompt under the name `request_id`, unique among the living.
+    `timeout_s` counts from when the engine reads this."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+    timeout_s: float | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """End a request. One that has ended already changes nothing."""
+
+    request_id: str
+
+
+class Said(msgspec.Struct, frozen=True, tag=True):
+    """News of one request. Every completion ends with a chunk that has a `finish_reason`, or `Failed`."""
+
+    chunk: StreamChunk
+
+    @property
+    def request_id(self) -> str:
+        return self.chunk.request_id
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A request was refused, or ended by a failure: nothing more will be said of it."""
+
+    request_id: str
+    status: int
+    code: str
+    what: str
+    why: str
+    fix: str
+
+
+Command = Generate | Abort
+Event = Said | Failed
+
+
+class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What does not change while an engine lives. `defaults` are the model's own generation settings."""
+
+    executor: str
+    limits: EngineLimits
+    defaults: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    num_blocks: tuple[int, ...] = ()
+    page_tokens: tuple[int, ...] = ()
+
+
+class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an engine stands. Counts are since its start; `kv_usage` is the share of pages in use in the
+    fullest cache group; `failure` is set when the engine serves no more."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    num_steps: int
+    num_failed_steps: int
+    num_preemptions: int
+    num_computed_tokens: int
+    drafted_at: tuple[int, ...] = ()
+    accepted_at: tuple[int, ...] = ()
+    failure: str | None = None

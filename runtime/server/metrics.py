@@ -1,0 +1,108 @@
+"""Counting, in a registry of its own. What is counted stands in `metric_table`; here is only how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from .messages import EngineSnapshot
+from .metric_table import METRICS, PREFIX
+from .metric_table import Metric as Row
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Snapshots = Callable[[], Iterable[tuple[str, EngineSnapshot]]]
+
+
+class Metrics:
+    """All metrics of one server; `snapshots` gives the engines' own numbers by model name."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._by_name: dict[str, Any] = {
+            row.name: _make(row, self.registry) for row in METRICS if not row.from_engine
+        }
+        self.registry.register(_EngineCollector(snapshots))
+
+    def of(self, name: str, model: str, **labels: str) -> Any:
+        """The child of a metric for one model, to be kept by whoever counts often."""
+        return self._by_name[name].labels(model_name=model, **labels)
+
+    def expose(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self.registry)
+
+
+class ModelMetrics:
+    """The metrics of one model, looked up once."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self.prefix_queries = metrics.of("prefix_cache_queries", model)
+        self.prefix_hits = metrics.of("prefix_cache_hits", model)
+        self.prompt_tokens = metrics.of("prompt_tokens", model)
+        self.generation_tokens = metrics.of("generation_tokens", model)
+        self.disconnects = metrics.of("client_disconnects", model)
+        self.ttft_s = metrics.of("time_to_first_token_seconds", model)
+        self.itl_s = metrics.of("inter_token_latency_seconds", model)
+        self.tpot_s = metrics.of("request_time_per_output_token_seconds", model)
+        self.e2e_s = metrics.of("e2e_request_latency_seconds", model)
+        self.request_prompt_tokens = metrics.of("request_prompt_tokens", model)
+        self.request_generation_tokens = metrics.of("request_generation_tokens", model)
+        self.max_tokens = metrics.of("request_params_max_tokens", model)
+        self.n = metrics.of("request_params_n", model)
+
+    def finished(self, reason: str) -> None:
+        self._metrics.of("request_success", self._model, finished_reason=reason).inc()
+
+    def rejected(self, code: str) -> None:
+        self._metrics.of("request_rejections", self._model, code=code).inc()
+
+
+def _make(row: Row, registry: CollectorRegistry) -> Any:
+    names = ("model_name", *row.labels)
+    if row.kind == "histogram":
+        return Histogram(PREFIX + row.name, row.help, names, registry=registry, buckets=row.buckets)
+    kind = Counter if row.kind == "counter" else Gauge
+    return kind(PREFIX + row.name, row.help, names, registry=registry)
+
+
+class _EngineCollector(Collector):
+    """Reads the engines when somebody scrapes."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+
+    def collect(self) -> Iterable[Metric]:
+        snapshots = list(self._snapshots())
+        for row in METRICS:
+            if not row.from_engine:
+                continue
+            family = CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily
+            metric = family(PREFIX + row.name, row.help, labels=("model_name", *row.labels))
+            for model, snapshot in snapshots:
+                for labels, value in _values(row.name, snapshot):
+                    metric.add_metric((model, *labels), value)
+            yield metric
+
+
+def _values(name: str, snapshot: EngineSnapshot) -> list[tuple[tuple[str, ...], float]]:
+    """(own labels, value) of one engine metric."""
+    if name == "spec_decode_num_accepted_tokens_per_pos":
+        return [((str(place),), count) for place, count in enumerate(snapshot.accepted_at)]
+    plain = {
+        "num_requests_running": snapshot.num_running,
+        "num_requests_waiting": snapshot.num_waiting,
+        "kv_cache_usage_perc": snapshot.kv_usage,
+        "num_preemptions": snapshot.num_preemptions,
+        "engine_steps": snapshot.num_steps,
+        "engine_failed_steps": snapshot.num_failed_steps,
+        "computed_tokens": snapshot.num_computed_tokens,
+        "spec_decode_num_draft_tokens": sum(snapshot.drafted_at),
+        "spec_decode_num_accepted_tokens": sum(snapshot.accepted_at),
+    }
+    return [((), plain[name])]

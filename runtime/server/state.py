@@ -1,0 +1,146 @@
+"""What lives as long as the server: models by name, keys, metrics, whether it drains. Knows no routes."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..tokenizer import Tokenizer
+from .backlog import Backlog
+from .channel import EngineChannel
+from .client import EngineClient
+from .codec import Codec
+from .config import ServerConfig
+from .errors import ServingError
+from .keys import ApiKeys
+from .messages import EngineSnapshot
+from .metrics import Metrics, ModelMetrics
+from .plan import MAX_DRAWN_SEED
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """One artifact being served under `name`."""
+
+    name: str
+    codec: Codec
+    client: EngineClient
+    backlog: Backlog
+    metrics: ModelMetrics
+    created: int
+
+
+@dataclass(slots=True)
+class _Progress:
+    """When an engine was last seen to move."""
+
+    num_steps: int = -1
+    since_s: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class ServerState:
+    """The one object the routes share."""
+
+    config: ServerConfig
+    keys: ApiKeys
+    models: dict[str, ServedModel]
+    metrics: Metrics
+    clock: Clock = time.monotonic
+    draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_DRAWN_SEED)
+    is_draining: bool = False
+    _progress: dict[str, _Progress] = field(default_factory=dict[str, _Progress])
+
+    @property
+    def num_open(self) -> int:
+        """Engine requests over all models that have not ended."""
+        return sum(model.client.num_open for model in self.models.values())
+
+    def model(self, name: str | None) -> ServedModel:
+        """The model a request names; the only one where it names none. A 404 for another name."""
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if name is None:
+            raise ServingError(
+                400,
+                "request.missing_field",
+                "The field model is missing.",
+                f"This server has several models: {', '.join(self.models)}.",
+                "Send one of these names.",
+                param="model",
+            )
+        found = self.models.get(name)
+        if found is None:
+            raise ServingError(
+                404,
+                "model_not_found",
+                f"The model {name[:200]!r} does not exist.",
+                f"This server has {', '.join(self.models)}.",
+                "Send one of these names.",
+                param="model",
+            )
+        return found
+
+    def check_admits(self) -> None:
+        """A 503 once the server is draining."""
+        if self.is_draining:
+            raise ServingError(
+                503,
+                "server.draining",
+                "The server is shutting down.",
+                "It finishes what it has and takes nothing new.",
+                "Send the request again; another server may take it.",
+                retry_after_s=self.config.drain_timeout_s,
+            )
+
+    def failure(self) -> str | None:
+        """Why an engine is not alive; None when all are. One is stuck when it has work and no step has ended
+        for `watchdog_s`; call this from time to time."""
+        now_s = self.clock()
+        for name, model in self.models.items():
+            snapshot = model.client.snapshot()
+            if snapshot.failure is not None:
+                return f"The engine of {name} has failed: {snapshot.failure}"
+            progress = self._progress.setdefault(name, _Progress(since_s=now_s))
+            is_idle = not (snapshot.num_running or snapshot.num_waiting)
+            steps = snapshot.num_steps + snapshot.num_failed_steps
+            if is_idle or steps != progress.num_steps:
+                progress.num_steps, progress.since_s = steps, now_s
+            elif now_s - progress.since_s > self.config.watchdog_s:
+                return (
+                    f"The engine of {name} has not moved for {now_s - progress.since_s:.0f} s, with "
+                    f"{snapshot.num_running} sequences running and {snapshot.num_waiting} waiting."
+                )
+        return None
+
+
+def make_state(
+    config: ServerConfig,
+    engines: Sequence[tuple[str, EngineChannel, Tokenizer | None]],
+    keys: ApiKeys | None = None,
+    clock: Clock = time.monotonic,
+    created: int | None = None,
+) -> ServerState:
+    """The state of a server over `engines` of (served name, channel, tokenizer)."""
+    models: dict[str, ServedModel] = {}
+
+    def snapshots() -> list[tuple[str, EngineSnapshot]]:
+        return [(name, model.client.snapshot()) for name, model in models.items()]
+
+    metrics = Metrics(snapshots)
+    for name, channel, tokenizer in engines:
+        client = EngineClient(channel)
+        limits = client.facts.limits
+        models[name] = ServedModel(
+            name=name,
+            codec=Codec(tokenizer, limits),
+            client=client,
+            backlog=Backlog(limits.max_requests + config.max_waiting, config.max_concurrency_per_key, clock),
+            metrics=ModelMetrics(metrics, name),
+            created=int(time.time()) if created is None else created,
+        )
+    return ServerState(config=config, keys=keys or ApiKeys(), models=models, metrics=metrics, clock=clock)

@@ -1,0 +1,47 @@
+"""What the routes around generation answer: tokenising both ways, and a model's card."""
+
+from __future__ import annotations
+
+import asyncio
+
+from .errors import bad_request
+from .requests import DetokenizeRequest, TokenizeRequest
+from .responses import DetokenizeResponse, ModelCard, TokenizeResponse
+from .state import ServedModel, ServerState
+
+
+async def tokenize(state: ServerState, asked: TokenizeRequest) -> TokenizeResponse:
+    """Token ids of a text or a conversation, as a generation route would see them."""
+    model = state.model(asked.model)
+    codec = model.codec
+    if (asked.prompt is None) == (asked.messages is None):
+        raise bad_request(
+            "request.prompt",
+            "The request must have either prompt or messages.",
+            "One text is turned into tokens at a time.",
+            "Send one of them.",
+            "prompt",
+        )
+
+    def encode() -> tuple[int, ...]:
+        if asked.messages is not None:
+            return codec.encode_chat(asked.messages, asked.add_generation_prompt, asked.chat_template_kwargs)
+        return codec.encode(asked.prompt or "", asked.add_special_tokens)
+
+    token_ids = await asyncio.to_thread(encode)
+    return TokenizeResponse(
+        count=len(token_ids),
+        max_model_len=codec.limits.max_model_len,
+        tokens=list(token_ids),
+        token_strs=[codec.show(token_id) for token_id in token_ids] if asked.return_token_strs else None,
+    )
+
+
+async def detokenize(state: ServerState, asked: DetokenizeRequest) -> DetokenizeResponse:
+    """The text of token ids, special tokens included."""
+    codec = state.model(asked.model).codec
+    return DetokenizeResponse(prompt=await asyncio.to_thread(codec.decode, asked.tokens))
+
+
+def model_card(model: ServedModel) -> ModelCard:
+    return ModelCard(id=model.name, created=model.created, max_model_len=model.codec.limits.max_model_len)
