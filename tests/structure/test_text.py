@@ -16,6 +16,7 @@ ABSOLUTE_PATH = re.compile(
     r"(?<![\w.<>*/:-])/(?:" + "|".join(["home", "Users", "root", "work", "mnt"]) + r")/\w"
 )
 UNFINISHED = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3]) + r")\b")
+CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -58,7 +59,7 @@ def test_links_between_documents_lead_somewhere(repository, tracked):
         f"{name}: {target}"
         for name, text in tracked.items()
         if name.endswith(".md")
-        for target in LINK.findall(text)
+        for target in LINK.findall(CODE.sub("", text))
         if not re.match(r"[a-z]+:", target) and not ((repository / name).parent / target).exists()
     ]
     assert not dead, "\n".join(dead)
