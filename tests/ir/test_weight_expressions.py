@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from llmc.ir.quantized import quantize_rtn
+from llmc.ir.quantized import dequantize_rows, quantize_rtn
 from llmc.ir.weights import (
     Cast,
     Concat,
@@ -78,11 +78,38 @@ def test_quantised_parts_have_the_shapes_they_promise(name, shape):
         assert torch.equal(found.reshape(-1, found.shape[-1]), getattr(whole, part))
 
 
-def test_quantising_in_bands_changes_nothing(monkeypatch):
-    weight, scheme = torch.randn(50, 40), QuantScheme(bits=4, group_size=32)
-    whole = Quantized(Constant(weight), scheme, "codes").evaluate(Reader())
-    monkeypatch.setattr("llmc.ir.weights._QUANTIZE_ROWS", 7)
-    assert torch.equal(Quantized(Constant(weight), scheme, "codes").evaluate(Reader()), whole)
+@pytest.mark.parametrize("scheme", ["int4_g32", "int8_channel_asym"])
+def test_working_in_bands_changes_nothing(monkeypatch, scheme):
+    weight, scheme = torch.randn(50, 40), parse_scheme(scheme)
+    whole = quantize_rtn(weight, scheme)
+    values = dequantize_rows(*whole, scheme, 40)
+    monkeypatch.setattr("llmc.ir.weights._BAND_VALUES", 7 * 40)
+    monkeypatch.setattr("llmc.ir.quantized._BAND_VALUES", 7 * 64)
+    for part, expected in zip(("codes", "scales", "zeros"), whole, strict=True):
+        if expected is not None:
+            found = Quantized(Constant(weight), scheme, part).evaluate(Reader())
+            assert torch.equal(found, expected)
+    assert torch.equal(dequantize_rows(*whole, scheme, 40), values)
+
+
+def test_a_weight_is_read_once_for_all_its_parts():
+    class Counted:
+        shape, dtype, reads = (8, 32), torch.float32, 0
+
+        def evaluate(self, reader):
+            self.reads += 1
+            return torch.randn(self.shape, generator=torch.Generator().manual_seed(self.reads))
+
+    one, other, reader = Counted(), Counted(), Reader()
+    four, eight = QuantScheme(bits=4, group_size=32), QuantScheme(bits=8, group_size=32)
+    codes, scales = (Quantized(one, four, part).evaluate(reader) for part in ("codes", "scales"))
+    expected = quantize_rtn(torch.randn(8, 32, generator=torch.Generator().manual_seed(1)), four)
+    assert one.reads == 1
+    assert torch.equal(codes, expected.codes)
+    assert torch.equal(scales, expected.scales)
+    assert Quantized(one, eight, "codes").evaluate(reader).shape == (8, 32)
+    Quantized(other, eight, "codes").evaluate(reader)
+    assert (one.reads, other.reads) == (2, 1)
 
 
 def test_sources_read_files_and_refuse_other_shapes(tmp_path):

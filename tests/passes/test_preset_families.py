@@ -1,0 +1,59 @@
+"""Whole presets on small real architectures, each pass held to its contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from llmc.compiler.trace import trace_config
+from llmc.models.families import FAMILIES
+from llmc.passes.base import PassContext
+from llmc.passes.instruments import NumericContract, Verification
+from llmc.passes.manager import run_passes
+from llmc.passes.presets import preset_named
+from llmc.passes.probe import with_random_weights
+
+CONTEXT = PassContext(max_tokens=64, max_model_len=64)
+FAST = ("llama3", "deepseek_v2", "gpt_oss")
+SUPPORTED = {family.name: family for family in FAMILIES if family.refused is None}
+
+# What each of these must match, of 4 layers: an architecture that stops matching is slower in silence.
+MATCHES = {
+    "llama3": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "rtn": 17, "fuse_rope_cache": 4},
+    "qwen3": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "rtn": 18, "fuse_rope_cache": 4},
+    "gemma2": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "rtn": 17, "fuse_rope_cache": 4},
+    "phi": {"fuse_qkv": 4, "fuse_add_norm": 3, "fuse_rope_cache": 4},
+    "gpt2": {"fuse_add_norm": 8, "rtn": 18},
+    "gpt_oss": {"fuse_qkv": 4, "fuse_add_norm": 7, "rtn": 18, "fuse_rope_cache": 4},
+    "deepseek_v2": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "rtn": 32},
+}
+
+
+def compiled(name, preset, dtype):
+    family = SUPPORTED[name]
+    config = getattr(transformers, family.config)(**family.options)
+    program = with_random_weights(trace_config(config, dtype=dtype), 0)
+    return run_passes(program, preset_named(preset).build(), CONTEXT, [Verification(), NumericContract()])
+
+
+def names(*, slow):
+    marks = (pytest.mark.slow,) if slow else ()
+    return [pytest.param(name, marks=marks) for name in SUPPORTED if (name in FAST) != slow]
+
+
+@pytest.mark.parametrize("name", names(slow=False) + names(slow=True))
+def test_int4_keeps_every_contract(name):
+    done = compiled(name, "int4", torch.float32)
+    matches = {record.name: record.matches for record in done.history}
+    for pass_name, expected in MATCHES.get(name, {}).items():
+        assert matches[pass_name] == expected, pass_name
+    assert {"paged", "planned", "quantized"} <= done.facts
+    assert matches["paged_attention"] == len(done.spec.attention)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(MATCHES))
+@pytest.mark.parametrize("preset", ["none", "int8"])
+def test_presets_hold_in_bfloat16(name, preset):
+    compiled(name, preset, torch.bfloat16)
