@@ -214,7 +214,7 @@ def test_odd_shapes_compile_and_generate(shape, stories_1m, tmp_path):
     (expected,) = greedy_of_transformers(model, [prompt], 24)
     assert result.token_ids == expected
     quantised = compile_model(model, output=tmp_path / "int4.llmc", quant="int4", verify="structure")
-    assert quantised.bits_per_weight < 12  # groups that are mostly padding cost bits
+    assert quantised.bits_per_weight < 13  # groups that are mostly padding cost bits
     assert quantised.quality.kl_mean < 0.5
     with llmc.load(quantised.path) as llm:
         (result,) = llm.generate([prompt], params)
