@@ -24,14 +24,14 @@ Lowering = Callable[["Emitter", fx.Node], Lowered]
 @dataclass(slots=True)
 class Emitter:
     """State of one code generation. `limbs` are the int8 digits of an activation in integer products:
-    1 fast, 2 accurate. `quantised` maps (value, kernel) to its limbs."""
+    1 fast, 2 accurate. `shared` holds what several nodes derive from one value: its limbs, its angles."""
 
     symbols: Symbols
     limbs: int = 2
     unit: Unit = field(default_factory=Unit)
     slots: WeightSlots = field(default_factory=WeightSlots)
     env: dict[fx.Node, Lowered] = field(default_factory=dict[fx.Node, Lowered])
-    quantised: dict[tuple[Value, str], Value] = field(default_factory=dict[tuple[Value, str], Value])
+    shared: dict[tuple[Value, str], Value] = field(default_factory=dict[tuple[Value, str], Value])
 
     def value(self, arg: Any) -> Value:
         """The tensor value of a node argument; a weight is taken in its plain form."""

@@ -26,11 +26,13 @@ class Call:
 
 @dataclass(slots=True)
 class Unit:
-    """Functions by their text (two nodes of one shape share one), calls in order, buffer sizes in bytes."""
+    """Functions by their text (two nodes of one shape share one), calls in order, buffer sizes in bytes, and
+    the attention shapes whose kernels share the scratch memory."""
 
     functions: dict[str, str] = field(default_factory=dict[str, str])
     calls: list[Call] = field(default_factory=list[Call])
     buffers: dict[str, Size] = field(default_factory=dict[str, Size])
+    scratch: set[str] = field(default_factory=set[str])
 
     def new_buffer(self, name: str, ctype: str, shape: Sequence[Size]) -> str:
         """Declare an arena buffer of `shape` elements; gives its name."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .registration import operator
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -20,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@torch.library.custom_op("llmc::gated_activation", mutates_args=())
+@operator("llmc::gated_activation")
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """`activation(gate) * up`, elementwise, for an activation named in `ACTIVATIONS`."""
     return ACTIVATIONS[activation](gate) * up
@@ -31,7 +33,7 @@ def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return torch.empty_like(gate * up)
 
 
-@torch.library.custom_op("llmc::gated_activation_packed", mutates_args=())
+@operator("llmc::gated_activation_packed")
 def gated_activation_packed(gate_up: Tensor, activation: str) -> Tensor:
     """`activation(gate) * up` where `gate_up[..., 2F]` holds gate then up; gives `[..., F]`."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -43,7 +45,7 @@ def _(gate_up: Tensor, activation: str) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-@torch.library.custom_op("llmc::softcap", mutates_args=())
+@operator("llmc::softcap")
 def softcap(x: Tensor, cap: float) -> Tensor:
     """`cap * tanh(x / cap)`, elementwise."""
     return torch.tanh(x / cap) * cap

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from ..attend import attend_rows, sequence_ids
+from .registration import operator
 
 
-@torch.library.custom_op("llmc::attention", mutates_args=())
+@operator("llmc::attention")
 def attention(
     q: Tensor,
     k: Tensor,
@@ -61,7 +61,7 @@ def _(
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 
-@torch.library.custom_op("llmc::kv_write", mutates_args=("k_cache", "v_cache"))
+@operator("llmc::kv_write", mutates_args=("k_cache", "v_cache"))
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> Tensor:
     """Store `k[T, G, D]`, `v[T, G, V]` at `slots[T]` (page * N + offset; negative: skip).
 
@@ -80,7 +80,7 @@ def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> 
     return k.new_empty(0)
 
 
-@torch.library.custom_op("llmc::paged_attention", mutates_args=())
+@operator("llmc::paged_attention")
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...spec.quant import parse_scheme
 from ..quantized import dequantize_rows
+from .registration import operator
 
 ROW_TILE = 32
 
@@ -28,7 +29,7 @@ def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("llmc::linear", mutates_args=())
+@operator("llmc::linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x[..., K] @ weight[N, K].T + bias[N]`, in x's dtype."""
     out = tiled_linear(x, weight)
@@ -40,7 +41,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("llmc::quantized_linear", mutates_args=())
+@operator("llmc::quantized_linear")
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, scheme: str
 ) -> Tensor:
@@ -61,7 +62,7 @@ def _(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@torch.library.custom_op("llmc::embedding", mutates_args=())
+@operator("llmc::embedding")
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows of `weight[V, D]` at `ids[...]`; gives `[..., D]`."""
     return F.embedding(ids, weight)
@@ -72,7 +73,7 @@ def _(ids: Tensor, weight: Tensor) -> Tensor:
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
 
-@torch.library.custom_op("llmc::quantized_embedding", mutates_args=())
+@operator("llmc::quantized_embedding")
 def quantized_embedding(
     ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: str, width: int, dtype: str
 ) -> Tensor:
@@ -90,7 +91,7 @@ def _(
     return scales.new_empty((*ids.shape, width), dtype=getattr(torch, dtype))
 
 
-@torch.library.custom_op("llmc::gather_rows", mutates_args=())
+@operator("llmc::gather_rows")
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Rows `rows[L]` of `x[T, ...]`; gives `[L, ...]`."""
     return x.index_select(0, rows)

@@ -11,6 +11,7 @@ from ...spec.quant import parse_scheme
 from ..quantized import dequantize_rows
 from .activation import ACTIVATIONS
 from .linear import tiled_linear
+from .registration import operator
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
@@ -74,7 +75,7 @@ def _plain_experts(gate_up: Tensor, down: Tensor) -> _Experts:
     return lambda expert: (gate_up[expert], down[expert])
 
 
-@torch.library.custom_op("llmc::moe", mutates_args=())
+@operator("llmc::moe")
 def moe(
     x: Tensor,
     expert_ids: Tensor,
@@ -117,7 +118,7 @@ def _(
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("llmc::quantized_moe", mutates_args=())
+@operator("llmc::quantized_moe")
 def quantized_moe(
     x: Tensor,
     expert_ids: Tensor,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .registration import operator
+
 
 def _scaled(n_f32: Tensor, weight: Tensor | None, offset: float, style: str, dtype: torch.dtype) -> Tensor:
     if weight is None:
@@ -15,7 +17,7 @@ def _scaled(n_f32: Tensor, weight: Tensor | None, offset: float, style: str, dty
     return (n_f32 * (weight.float() + offset)).to(dtype)
 
 
-@torch.library.custom_op("llmc::rms_norm", mutates_args=())
+@operator("llmc::rms_norm")
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, style: str) -> Tensor:
     """Root-mean-square norm of `x[..., D]` (Zhang & Sennrich 2019): n = x / sqrt(mean(x^2) + eps).
 
@@ -33,7 +35,7 @@ def _(x: Tensor, weight: Tensor | None, eps: float, offset: float, style: str) -
     return _norm_like(x, weight, style)
 
 
-@torch.library.custom_op("llmc::layer_norm", mutates_args=())
+@operator("llmc::layer_norm")
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, style: str
 ) -> Tensor:
@@ -56,7 +58,7 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset:
     return _norm_like(x, weight, style)
 
 
-@torch.library.custom_op("llmc::add_rms_norm", mutates_args=())
+@operator("llmc::add_rms_norm")
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, style: str
 ) -> tuple[Tensor, Tensor]:
@@ -73,7 +75,7 @@ def _(
     return _norm_like(total, weight, style), total
 
 
-@torch.library.custom_op("llmc::add_layer_norm", mutates_args=())
+@operator("llmc::add_layer_norm")
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,

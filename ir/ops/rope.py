@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .registration import operator
+
 STYLES = ("half", "interleaved", "interleaved_to_half")
 
 
@@ -24,7 +26,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: str) -> Tensor:
     return torch.cat(out, dim=-1)
 
 
-@torch.library.custom_op("llmc::rope", mutates_args=())
+@operator("llmc::rope")
 def rope(x: Tensor, positions: Tensor, inv_freq: Tensor, scale: float, style: str, tail: bool) -> Tensor:
     """Rotate `R = 2 * len(inv_freq)` of the D elements of each head of `x[T, H, D]`.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .registration import operator
 
-@torch.library.custom_op("llmc::rope_kv_write", mutates_args=("k_cache", "v_cache"))
+
+@operator("llmc::rope_kv_write", mutates_args=("k_cache", "v_cache"))
 def rope_kv_write(
     q: Tensor,
     k: Tensor,

@@ -22,6 +22,7 @@ struct Step {
   void* v_cache[kCaches];
   const void* weights[kWeights > 0 ? kWeights : 1];
   char* arena;
+  char* scratch;  // of attention kernels: `llmc_scratch_bytes` bytes
   float* logits;
 };
 
@@ -29,8 +30,11 @@ LLMC_END
 
 // The C ABI of a generated unit. `open` starts an engine's threads; `step` runs one step on them and returns
 // 0, or -1 when `count` is not the number of fields that this unit expects.
-#define LLMC_EXPORT_STEP(StepType, step_body, version)                                               \
+#define LLMC_EXPORT_STEP(StepType, step_body, scratch_bytes, version)                                \
   extern "C" __attribute__((visibility("default"))) int32_t llmc_abi_version() { return version; }   \
+  extern "C" __attribute__((visibility("default"))) int64_t llmc_scratch_bytes(int32_t threads) {    \
+    return scratch_bytes(threads);                                                                   \
+  }                                                                                                  \
   extern "C" __attribute__((visibility("default"))) void* llmc_open(int32_t threads) {               \
     return new llmc::Pool(threads);                                                                  \
   }                                                                                                  \

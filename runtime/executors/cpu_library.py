@@ -59,8 +59,9 @@ class CpuLibrary:
         self._num_pages = list(num_pages)
         self._tail = [_address(k) for k, _ in caches] + [_address(v) for _, v in caches]
         self._tail += [_address(weight) for weight in weights] or [0]
-        self._tail.append(_address(arena))
-        self._alive = (caches, weights, arena)
+        scratch = aligned_empty(self._library.llmc_scratch_bytes(num_threads))
+        self._tail += [_address(arena), _address(scratch)]
+        self._alive = (caches, weights, arena, scratch)
         self._engine: int | None = self._library.llmc_open(num_threads)
 
     def step(self, arrays: StepArrays) -> None:
@@ -97,6 +98,8 @@ class CpuLibrary:
     def _declare(self) -> None:
         library = self._library
         library.llmc_abi_version.restype = ctypes.c_int32
+        library.llmc_scratch_bytes.restype = ctypes.c_int64
+        library.llmc_scratch_bytes.argtypes = [ctypes.c_int32]
         library.llmc_open.restype = ctypes.c_void_p
         library.llmc_open.argtypes = [ctypes.c_int32]
         library.llmc_close.argtypes = [ctypes.c_void_p]

@@ -21,12 +21,12 @@ from .tiles import SequencePart, TileLogits, split_tiles
 # Kernels prefetch and load whole vectors beyond the end of a packed matrix.
 _SLACK_BYTES = 8192
 _HUGE_PAGE = 2 << 20
-_CACHE_DTYPES = {"float32": np.float32, "bfloat16": np.uint16}
+_CACHE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def resident(weights: Sequence[NDArray[Any]]) -> list[NDArray[np.uint8]]:
     """Copies of `weights` in one anonymous region of large pages, each aligned to a cache line with
-    readable bytes behind it, as kernels want them: streaming from mapped files costs a third of the bandwidth.
+    readable bytes behind it, as kernels want them: mapped files stream at two thirds of the bandwidth.
     """
     offsets = [0, *accumulate(-(-(array.nbytes + _SLACK_BYTES) // 64) * 64 for array in weights)]
     region = mmap.mmap(-1, max(offsets[-1], 1) + _HUGE_PAGE)
@@ -154,12 +154,17 @@ def _padded(tables: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     return padded
 
 
-def _allocate(layout: CacheLayout, num_pages: Sequence[int]) -> dict[int, tuple[NDArray[Any], NDArray[Any]]]:
-    caches: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
+def _allocate(
+    layout: CacheLayout, num_pages: Sequence[int]
+) -> dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Bytes `[pages, bytes of a page]` of keys and of values for each owning layer; how tokens lie in a page
+    is the kernels' (kernels/cpu/kv_cache.hpp: widths rounded up to 4)."""
+    caches: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
     for group, pages in zip(layout.groups, num_pages, strict=True):
-        dtype = _CACHE_DTYPES[group.dtype]
-        shape = (pages, group.page_tokens, group.num_kv_heads)
+        token = group.page_tokens * group.num_kv_heads * _CACHE_BYTES[group.dtype]
         for layer in group.layers:
-            k, v = np.zeros((*shape, group.k_dim), dtype), np.zeros((*shape, group.v_dim), dtype)
+            widths = [-(-width // 4) * 4 for width in (group.k_dim, group.v_dim)]
+            k, v = (aligned_empty(pages * token * width).reshape(pages, -1) for width in widths)
+            k[:], v[:] = 0, 0
             caches[layer] = (k, v)
     return caches

@@ -18,7 +18,6 @@ from .elementwise import literal
 from .products import float_product, integer_product
 
 _ACCESSORS = tuple(f"llmc::plain::{name}" for name in ("Rows", "Codes", "Tiles", "CodeTiles"))
-_ROPE_STYLES = {"half", "interleaved", "interleaved_to_half"}
 
 
 def call_kernel(
@@ -124,98 +123,32 @@ def _quantized_embedding(emitter: Emitter, node: fx.Node) -> Value:
     return _lookup(emitter, node, _codes(node.args[1:4], str(node.args[4]), width))
 
 
-def _norm(centre: bool, has_residual: bool) -> Lowering:
+def _norm(kind: str, has_residual: bool) -> Lowering:
     def lower(emitter: Emitter, node: fx.Node) -> Any:
         args: list[Any] = list(node.args)
         x = _dense(emitter, args.pop(0), node)
         residual = _dense(emitter, args.pop(0), node) if has_residual else None
         weight = _optional(emitter, args.pop(0), node)
-        bias = _optional(emitter, args.pop(0), node) if centre else None
-        eps, offset = args[0], args[1]
+        bias = _optional(emitter, args.pop(0), node) if kind == "kLayer" else None
+        rows, width = c_size(product(x.shape[:-1])), c_size(x.shape[-1])
+        weights = f"llmc::NormWeights{{w, b, {literal(float(args[0]))}, {literal(float(args[1]))}}}"
+        template = f"<llmc::Norm::{kind}>"
+        out = emitter.output(node, 0 if has_residual else None)
+        total = emitter.output(node, 1) if has_residual else None
+        pieces = [(out, "float*", "o"), (x, "const float*", "x"), (weight, "const float*", "w")]
+        pieces.append((bias, "const float*", "b"))
         if has_residual:
-            out, total = emitter.output(node, 0), emitter.output(node, 1)
+            pieces += [(residual, "const float*", "r"), (total, "float*", "t")]
+            call = f"llmc::add_norm_rows{template}(tid, nt, x, r, t, o, {width}, {rows}, {width}, {weights})"
         else:
-            out, total = emitter.output(node), None
-        sizes = [product(x.shape[:-1]), x.shape[-1]]
-        tail = [float(eps), float(offset), "true" if centre else "false"]
-        arguments = [out, total, x, residual, weight, bias, *sizes, *tail]
+            call = f"llmc::norm_rows{template}(tid, nt, x, {width}, o, {width}, {rows}, {width}, {weights})"
+        function = emitter.unit.function("norm", [(kind, name) for _, kind, name in pieces], f"  {call};")
+        arguments = ["nullptr" if value is None else pointer(value) for value, _, _ in pieces]
         reads, writes = _present(x, residual, weight, bias), _present(out, total)
-        call_kernel(emitter, node, "llmc::plain::norm", arguments, reads, writes)
+        emitter.unit.call(emitter.comment(node), function, arguments, reads, writes)
         return out if total is None else (out, total)
 
     return lower
-
-
-def _rotated(emitter: Emitter, node: fx.Node, arg: Any, out: Value, rest: Sequence[Any]) -> Value:
-    """`rest` = positions, inv_freq, scale, style, tail."""
-    x, positions, inv_freq = emitter.value(arg), emitter.value(rest[0]), emitter.value(rest[1])
-    if x.strides[2] != 1:
-        x = emitter.contiguous(x, node)
-    style = str(rest[3])
-    assert style in _ROPE_STYLES
-    sizes = [*x.shape[:3], inv_freq.shape[0]]
-    tail = [float(rest[2]), f"llmc::plain::RopeStyle::{style}", "true" if rest[4] else "false"]
-    arguments = [out, x, x.strides[0], x.strides[1], positions, inv_freq, *sizes, *tail]
-    call_kernel(emitter, node, "llmc::plain::rope", arguments, [x, positions, inv_freq], [out])
-    return out
-
-
-def _rope(emitter: Emitter, node: fx.Node) -> Value:
-    return _rotated(emitter, node, node.args[0], emitter.output(node), node.args[1:])
-
-
-def _store_rows(emitter: Emitter, node: fx.Node, x: Value, cache: Value, slots: Value) -> None:
-    if x.strides[2] != 1:
-        x = emitter.contiguous(x, node)
-    arguments = [cache, x, x.strides[0], x.strides[1], slots, *x.shape]
-    call_kernel(emitter, node, "llmc::plain::kv_write", arguments, [x, slots], [cache])
-
-
-def _kv_write(emitter: Emitter, node: fx.Node) -> Value:
-    k, v, k_cache, v_cache, slots = (emitter.value(arg) for arg in node.args[:5])
-    _store_rows(emitter, node, k, k_cache, slots)
-    _store_rows(emitter, node, v, v_cache, slots)
-    return Value("nullptr", "float", (sympy.Integer(0),), (sympy.Integer(1),))
-
-
-def _rope_kv_write(emitter: Emitter, node: fx.Node) -> tuple[Value, Value]:
-    args: list[Any] = list(node.args)
-    rotated_q = _rotated(emitter, node, args[0], emitter.output(node, 0), args[3:8])
-    k = emitter.value(args[1])
-    rotated_k = emitter.buffer(f"{node.name}_k", "float", k.shape)
-    _rotated(emitter, node, args[1], rotated_k, args[3:8])
-    k_cache, v_cache, slots = (emitter.value(arg) for arg in args[8:11])
-    _store_rows(emitter, node, rotated_k, k_cache, slots)
-    _store_rows(emitter, node, emitter.value(args[2]), v_cache, slots)
-    return rotated_q, Value("nullptr", "float", (sympy.Integer(0),), (sympy.Integer(1),))
-
-
-def _paged_attention(emitter: Emitter, node: fx.Node) -> Value:
-    args: list[Any] = list(node.args)
-    q, k_cache, v_cache = (emitter.value(arg) for arg in args[:3])
-    table, starts, positions = (emitter.value(arg) for arg in args[4:7])
-    sinks = None if args[7] is None else emitter.value(args[7])
-    scale, window, softcap, chunk = args[8:12]
-    if q.strides[2] != 1:
-        q = emitter.contiguous(q, node)
-    out = emitter.output(node)
-    sizes = [q.shape[1], k_cache.shape[2], q.shape[2], v_cache.shape[3], k_cache.shape[1]]
-    shape = ", ".join(
-        [
-            *(c_size(size) for size in sizes),
-            str(window),
-            str(chunk),
-            literal(float(scale)),
-            literal(float(softcap)),
-        ]
-    )
-    arguments = [
-        *(out, q, q.strides[0], q.strides[1], k_cache, v_cache, table, table.shape[1], starts, positions),
-        *(sinks, sympy.Symbol("S"), q.shape[0], f"llmc::plain::AttentionShape{{{shape}}}"),
-    ]
-    reads = _present(q, k_cache, v_cache, table, starts, positions, sinks)
-    call_kernel(emitter, node, "llmc::plain::paged_attention", arguments, reads, [out])
-    return out
 
 
 _ACTIVATION_TEXT = {
@@ -241,19 +174,54 @@ def activation_text(name: str, gate: str) -> str:
     return "(" + _ACTIVATION_TEXT[name].replace("{g}", gate) + ")"
 
 
-def _gated(emitter: Emitter, node: fx.Node) -> Value:
-    operands = [emitter.value(arg) for arg in node.args[:2]]
+_ACTIVATION_KINDS = {
+    "silu": "kSilu",
+    "gelu": "kGelu",
+    "gelu_tanh": "kGeluTanh",
+    "relu": "kRelu",
+    "relu2": "kRelu2",
+    "sigmoid": "kSigmoid",
+    "identity": "kIdentity",
+}
+
+
+def _gated_rows(emitter: Emitter, node: fx.Node, gate: Value, up: Value, activation: str) -> Value:
+    """`activation(gate) * up` for rows whose columns lie one after the other."""
+    activation_text(activation, "x")
     out = emitter.output(node)
-    emitter.loop(emitter.comment(node), out, operands, activation_text(str(node.args[2]), "{0}") + " * {1}")
+    rows, width = c_size(product(out.shape[:-1])), c_size(out.shape[-1])
+    strides = [c_size(value.strides[-2]) if len(value.shape) > 1 else "0" for value in (gate, up)]
+    combine = f"llmc::Gated<llmc::Activation::{_ACTIVATION_KINDS[activation]}>{{}}"
+    call = (
+        f"llmc::gated_rows(tid, nt, {combine}, g, {strides[0]}, u, {strides[1]}, o, {width}, {rows}, {width})"
+    )
+    parameters = [("float*", "o"), ("const float*", "g"), ("const float*", "u")]
+    function = emitter.unit.function("gated", parameters, f"  {call};")
+    arguments = [pointer(value) for value in (out, gate, up)]
+    emitter.unit.call(emitter.comment(node), function, arguments, [gate, up], [out])
+    return out
+
+
+def _gated(emitter: Emitter, node: fx.Node) -> Value:
+    gate, up = (emitter.value(arg) for arg in node.args[:2])
+    shape = emitter.symbols.sizes(node.meta["val"].shape)
+    if len(shape) == 2 and gate.shape == up.shape == shape:
+        gate, up = (v if v.strides[-1] == 1 else emitter.contiguous(v, node) for v in (gate, up))
+        return _gated_rows(emitter, node, gate, up, str(node.args[2]))
+    out = emitter.output(node)
+    text = activation_text(str(node.args[2]), "{0}") + " * {1}"
+    emitter.loop(emitter.comment(node), out, [gate, up], text)
     return out
 
 
 def _gated_packed(emitter: Emitter, node: fx.Node) -> Value:
-    packed = emitter.value(node.args[0])
+    packed = emitter.contiguous(emitter.value(node.args[0]), node)
+    shape = emitter.symbols.sizes(node.meta["val"].shape)
+    gate = packed.viewed(shape, packed.strides)
+    up = packed.viewed(shape, packed.strides, shape[-1])
+    if len(shape) == 2:
+        return _gated_rows(emitter, node, gate, up, str(node.args[1]))
     out = emitter.output(node)
-    width = out.shape[-1]
-    gate = packed.viewed(out.shape, packed.strides)
-    up = packed.viewed(out.shape, packed.strides, width * packed.strides[-1])
     text = activation_text(str(node.args[1]), "{0}") + " * {1}"
     emitter.loop(emitter.comment(node), out, [gate, up], text)
     return out
@@ -327,14 +295,10 @@ LOWERINGS: dict[str, Lowering] = {
     "llmc.quantized_linear": _quantized_linear,
     "llmc.embedding": _embedding,
     "llmc.quantized_embedding": _quantized_embedding,
-    "llmc.rms_norm": _norm(centre=False, has_residual=False),
-    "llmc.layer_norm": _norm(centre=True, has_residual=False),
-    "llmc.add_rms_norm": _norm(centre=False, has_residual=True),
-    "llmc.add_layer_norm": _norm(centre=True, has_residual=True),
-    "llmc.rope": _rope,
-    "llmc.kv_write": _kv_write,
-    "llmc.rope_kv_write": _rope_kv_write,
-    "llmc.paged_attention": _paged_attention,
+    "llmc.rms_norm": _norm("kRms", has_residual=False),
+    "llmc.layer_norm": _norm("kLayer", has_residual=False),
+    "llmc.add_rms_norm": _norm("kRms", has_residual=True),
+    "llmc.add_layer_norm": _norm("kLayer", has_residual=True),
     "llmc.gated_activation": _gated,
     "llmc.gated_activation_packed": _gated_packed,
     "llmc.moe": _moe,

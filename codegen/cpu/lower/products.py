@@ -49,8 +49,8 @@ def _quantised(emitter: Emitter, node: fx.Node, matrix: CodeMatrix, x: Value) ->
     """The int8 limbs of `x`, made once for all products of one kind that read it."""
     kernel = matrix.kernel(emitter.limbs)
     key = (x, kernel.scheme_type)
-    if key in emitter.quantised:
-        return emitter.quantised[key]
+    if key in emitter.shared:
+        return emitter.shared[key]
     rows, width = product(x.shape[:-1]), int(x.shape[-1])
     row_bytes = kernel.quant_row_bytes(width)
     out = emitter.buffer(f"{node.name}_codes", "float", (rows, sympy.Integer(-(-row_bytes // 4))))
@@ -60,7 +60,7 @@ def _quantised(emitter: Emitter, node: fx.Node, matrix: CodeMatrix, x: Value) ->
     function = emitter.unit.function("quantize", [("float*", "o"), ("const float*", "x")], body)
     comment = f"int8 limbs of the input of {node.name}"
     emitter.unit.call(comment, function, [pointer(out), pointer(x)], [x], [out])
-    emitter.quantised[key] = out
+    emitter.shared[key] = out
     return out
 
 

@@ -8,7 +8,7 @@ from torch._ops import OpOverload
 
 from ....ir.vocabulary import operator_name
 from ..emitter import Lowering
-from . import canonical, elementwise, index, reduce, views
+from . import attention, canonical, elementwise, index, reduce, views
 
 LOWERINGS: dict[str, Lowering] = {
     **views.LOWERINGS,
@@ -16,6 +16,7 @@ LOWERINGS: dict[str, Lowering] = {
     **reduce.LOWERINGS,
     **index.LOWERINGS,
     **canonical.LOWERINGS,
+    **attention.LOWERINGS,
 }
 
 
