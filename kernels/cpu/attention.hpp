@@ -81,7 +81,50 @@ inline TileScratch tile_scratch(const AttentionShape& a, void* memory) {
   return s;
 }
 
-// Softcap, mask, and weights of one row over one block. Returns whether the row sees any key of it.
+// Keys of a block that a row sees, as offsets in the block.
+struct Visible { int low, high; };
+
+LLMC_INLINE F16 hide(F16 value, int chunk, Visible seen, F16 hidden) {
+  const I16 key = lane_numbers() + set1(chunk * kChunk);
+  return select(less(key, set1(seen.low)), hidden, select(less(set1(seen.high), key), hidden, value));
+}
+
+// Weights of one row over one block, in place of its scores. Masked: some keys of the block's chunks are hidden.
+template <bool Masked>
+LLMC_INLINE void weigh(const AttentionShape& a, const KeyBlock& block, Visible seen, float* m, float* l, float* scores,
+                       float* acc, int64_t values) {
+  const F16 nothing = set1(-INFINITY);
+  F16 score[kBlockChunks], top = nothing;
+#pragma GCC unroll 4
+  for (int c = 0; c < kBlockChunks; ++c) {
+    score[c] = nothing;
+    if (Masked && (c < block.first || c >= block.last)) continue;
+    score[c] = load(scores + c * kChunk);
+    if (a.softcap != 0.0f) score[c] = tanh(score[c]) * set1(a.softcap * kLog2E);
+    if (Masked) score[c] = hide(score[c], c, seen, nothing);
+    top = max(top, score[c]);
+  }
+  const float block_top = max_lanes(top);
+  F16 sum = load(l);
+  if (!(block_top <= *m + kRescale)) {
+    const F16 fade = *m == -INFINITY ? zero() : exp2(set1(*m) - set1(block_top));
+    for (int64_t i = 0; i < values; i += 16) store(acc + i, load(acc + i) * fade);
+    sum = sum * fade;
+    *m = block_top;
+  }
+  const F16 reference = set1(*m);
+  F16 weight[kBlockChunks];
+#pragma GCC unroll 4
+  for (int c = 0; c < kBlockChunks; ++c) {
+    weight[c] = exp2(score[c] - reference);
+    // A hidden key weighs nothing even where the reference is -inf or NaN.
+    if (Masked) weight[c] = hide(weight[c], c, seen, zero());
+    store(scores + c * kChunk, weight[c]);
+  }
+  store(l, sum + ((weight[0] + weight[1]) + (weight[2] + weight[3])));
+}
+
+// The same for row `row` of a tile; false where the row sees no key of the block.
 LLMC_INLINE bool weigh_row(const AttentionShape& a, const KeyBlock& block, int64_t base, int row, TileState* state,
                            float* scores, float* acc, int64_t values) {
   const int64_t position = state->position[row], oldest = oldest_visible(a, position);
@@ -89,39 +132,12 @@ LLMC_INLINE bool weigh_row(const AttentionShape& a, const KeyBlock& block, int64
     for (int c = 0; c < kBlockChunks; ++c) store(scores + c * kChunk, zero());
     return false;
   }
-  const I16 low = set1(static_cast<int32_t>(oldest > base ? oldest - base : 0));
-  const I16 high = set1(static_cast<int32_t>(position - base < kKeyBlock ? position - base : kKeyBlock - 1));
-  const F16 nothing = set1(-INFINITY);
-  F16 score[kBlockChunks], top = nothing;
-  for (int c = 0; c < kBlockChunks; ++c) {
-    score[c] = nothing;
-    if (c < block.first || c >= block.last) continue;
-    F16 value = load(scores + c * kChunk);
-    if (a.softcap != 0.0f) value = tanh(value) * set1(a.softcap * kLog2E);
-    const I16 key = lane_numbers() + set1(c * kChunk);
-    score[c] = select(less(key, low), nothing, select(less(high, key), nothing, value));
-    top = max(top, score[c]);
-  }
-  const float block_top = max_lanes(top);
-  F16 sum = load(state->l[row]);
-  if (!(block_top <= state->m[row] + kRescale)) {
-    float fade_lanes[16];
-    store(fade_lanes, exp2(set1(state->m[row]) - set1(block_top)));
-    const F16 fade = set1(state->m[row] == -INFINITY ? 0.0f : fade_lanes[0]);
-    for (int64_t i = 0; i < values; i += 16) store(acc + i, load(acc + i) * fade);
-    sum = sum * fade;
-    state->m[row] = block_top;
-  }
-  const F16 reference = set1(state->m[row]);
-  F16 weight[kBlockChunks];
-  for (int c = 0; c < kBlockChunks; ++c) {
-    // A key that is not visible weighs nothing even where the reference is -inf or NaN.
-    weight[c] = exp2(score[c] - reference);
-    const I16 key = lane_numbers() + set1(c * kChunk);
-    weight[c] = select(less(key, low), zero(), select(less(high, key), zero(), weight[c]));
-    store(scores + c * kChunk, weight[c]);
-  }
-  store(state->l[row], sum + ((weight[0] + weight[1]) + (weight[2] + weight[3])));
+  const Visible seen{static_cast<int>(oldest > base ? oldest - base : 0),
+                     static_cast<int>(position - base < kKeyBlock ? position - base : kKeyBlock - 1)};
+  if (seen.low == 0 && seen.high == kKeyBlock - 1)
+    weigh<false>(a, block, seen, &state->m[row], state->l[row], scores, acc, values);
+  else
+    weigh<true>(a, block, seen, &state->m[row], state->l[row], scores, acc, values);
   return true;
 }
 
@@ -205,7 +221,13 @@ LLMC_KERNEL void attend_part(const AttentionShape& a, const AttentionBatch& b, c
   const int64_t oldest = oldest_visible(a, b.positions[tile.first_row]);
   for (int64_t base = begin; base < end && base <= newest; base += kKeyBlock) {
     if (base + kKeyBlock <= oldest) continue;
-    const KeyBlock block = key_block<T>(a, b, pages, tile.group, base, oldest, newest);
+    KeyBlock block = key_block<T>(a, b, pages, tile.group, base, oldest, newest);
+    const int64_t after = base + kKeyBlock <= newest ? base + kKeyBlock : base;
+    const KeyBlock next = key_block<T>(a, b, pages, tile.group, after, oldest, newest);
+    for (int c = block.first; c < block.last; ++c) {
+      block.next_k[c] = c < next.last && c >= next.first ? next.k[c] : block.k[c];
+      block.next_v[c] = c < next.last && c >= next.first ? next.v[c] : block.v[c];
+    }
     block_scores<T>(s, limbs, rows, width, block);
     bool any_row = false;
     for (int r = 0; r < rows; ++r)
@@ -248,7 +270,7 @@ LLMC_INLINE void begin_merge(const AttentionShape& a, const Tile& tile, Merged* 
 // Adds one part of a row.
 LLMC_INLINE void merge_row(float m, const float* l, const float* acc, int64_t values, float* merged_m,
                            float* merged_l, float* sums) {
-  if (m == -INFINITY) return;
+  if (m == -INFINITY && sum_lanes(load(l)) == 0.0f) return;  // saw nothing; NaN scores do not end here
   const float top = !(m <= *merged_m) ? m : *merged_m;
   const F16 old_part = *merged_m == -INFINITY ? zero() : exp2(set1(*merged_m) - set1(top));
   const F16 new_part = exp2(set1(m) - set1(top));

@@ -19,6 +19,8 @@ struct KeyBlock {
   const char* v[kBlockChunks];
   const float* k_scales[kBlockChunks];  // int8 only
   const float* v_scales[kBlockChunks];
+  const char* next_k[kBlockChunks];  // what to prefetch meanwhile: pages lie anywhere
+  const char* next_v[kBlockChunks];
   int first, last;            // chunks to read
   int key_begin, key_end;     // keys that some row of the tile may see, within the block
 };
@@ -67,6 +69,7 @@ LLMC_INLINE void score_chunks(const float* q, int64_t ldq, int64_t width, const 
     for (int c = 0; c < C; ++c) {
       F16 even, odd;
       key_pair(reinterpret_cast<const T*>(block.k[chunk + c]), i, &even, &odd);
+      prefetch_l2(block.next_k[chunk + c] + i * kChunk * static_cast<int64_t>(sizeof(T)));
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         sum[c][r] = fma(even, set1(q[r * ldq + i]), sum[c][r]);
@@ -100,9 +103,11 @@ LLMC_INLINE void add_columns(const float* weights, const KeyBlock& block, int64_
   for (int key = block.key_begin & ~1; key < block.key_end; key += 2) {
     const T* chunk = reinterpret_cast<const T*>(block.v[key / kChunk]);
     const bool both = key + 1 < block.key_end;  // the last key may have nothing beside it
+    const char* next = block.next_v[key / kChunk] + (key % kChunk * width + i * 2) * static_cast<int64_t>(sizeof(T));
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
       F16 even, odd;
+      prefetch_l2(next + b * 32 * sizeof(T));
       value_pair(chunk, key % kChunk / 2, width, i + b * 16, &even, &odd, B > 1 ? 16 : count);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
@@ -159,27 +164,48 @@ LLMC_INLINE QueryLimbs query_limbs(const float* x, int64_t width, int8_t* limbs)
   return {limbs, limbs + width, -128 * high_sum, -128 * low_sum, scale};
 }
 
-template <int R>
-LLMC_KERNEL void score_rows_int8(const QueryLimbs* q, int64_t width, const KeyBlock& block, float* scores) {
-  for (int chunk = block.first; chunk < block.last; ++chunk) {
-    I16 high[R], low[R];
+template <int R, int C>
+LLMC_INLINE void score_chunks_int8(const QueryLimbs* q, int64_t width, const KeyBlock& block, int chunk,
+                                   float* scores) {
+  I16 high[C][R], low[C][R];
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) high[r] = set1(q[r].high_offset), low[r] = set1(q[r].low_offset);
-    for (int64_t i = 0; i < width; i += 4) {
-      const I16 codes = load_dwords(block.k[chunk] + i * kChunk);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        high[r] = dot_bytes(high[r], codes, repeat_dword(q[r].high + i));
-        low[r] = dot_bytes(low[r], codes, repeat_dword(q[r].low + i));
-      }
+    for (int r = 0; r < R; ++r) high[c][r] = set1(q[r].high_offset), low[c][r] = set1(q[r].low_offset);
+  for (int64_t i = 0; i < width; i += 4) {
+    I16 codes[C];
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+      codes[c] = load_dwords(block.k[chunk + c] + i * kChunk);
+      prefetch(block.next_k[chunk + c] + i * kChunk);
     }
-    const F16 scale = load(block.k_scales[chunk]);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const F16 whole = to_float(shift_left<8>(high[r]) + low[r]);
-      store(scores + r * kKeyBlock + chunk * kChunk, whole * (scale * set1(q[r].scale)));
+      const I16 top = repeat_dword(q[r].high + i), rest = repeat_dword(q[r].low + i);
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        high[c][r] = dot_bytes(high[c][r], codes[c], top);
+        low[c][r] = dot_bytes(low[c][r], codes[c], rest);
+      }
     }
   }
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c) {
+    const F16 scale = load(block.k_scales[chunk + c]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const F16 whole = to_float(shift_left<8>(high[c][r]) + low[c][r]);
+      store(scores + r * kKeyBlock + (chunk + c) * kChunk, whole * (scale * set1(q[r].scale)));
+    }
+  }
+}
+
+template <int R>
+LLMC_KERNEL void score_rows_int8(const QueryLimbs* q, int64_t width, const KeyBlock& block, float* scores) {
+  constexpr int C = LLMC_AVX512 && R <= 4 ? 2 : 1;
+  int chunk = block.first;
+  for (; chunk + C <= block.last; chunk += C) score_chunks_int8<R, C>(q, width, block, chunk, scores);
+  for (; chunk < block.last; ++chunk) score_chunks_int8<R, 1>(q, width, block, chunk, scores);
 }
 
 // Weights times value scales as 16-bit integers of two unsigned limbs, per row and block.
@@ -211,36 +237,57 @@ LLMC_INLINE void weight_limbs(const float* weights, const KeyBlock& block, Weigh
   out->scale = finite ? (tiny ? 0.0f : peak / 65280.0f) : float_of(0x7fc00000u);
 }
 
-template <int R>
-LLMC_KERNEL void add_values_int8(const WeightLimbs* weights, const KeyBlock& block, int64_t width, float* out,
-                                 int64_t ld_out) {
-  for (int64_t i = 0; i < width; i += 16) {
-    const size_t bytes = static_cast<size_t>(width - i < 16 ? width - i : 16) * 4;
-    I16 high[R], low[R];
+LLMC_INLINE I16 load_quad(const char* p, int count) {
+  if (count >= 16) return load_dwords(p);
+  int32_t words[16] = {};
+  std::memcpy(words, p, static_cast<size_t>(count) * 4);
+  return load(words);
+}
+
+// out[r][i ... i + 16 B) += the block's weights times its values.
+template <int R, int B>
+LLMC_INLINE void add_columns_int8(const WeightLimbs* weights, const KeyBlock& block, int64_t width, int64_t i,
+                                  int count, float* out, int64_t ld_out) {
+  I16 high[R][B], low[R][B];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) high[r] = low[r] = set1(int32_t{0});
-    for (int quad = block.first * 4; quad < block.last * 4; ++quad) {
-      const char* p = block.v[quad / 4] + (quad % 4 * width + i) * 4;
-      I16 codes;
-      if (bytes == 64) {
-        codes = load_dwords(p);
-      } else {
-        int32_t words[16] = {};
-        std::memcpy(words, p, bytes);
-        codes = load(words);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        high[r] = dot_bytes(high[r], repeat_dword(weights[r].high + quad * 4), codes);
-        low[r] = dot_bytes(low[r], repeat_dword(weights[r].low + quad * 4), codes);
-      }
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int b = 0; b < B; ++b) high[r][b] = low[r][b] = set1(int32_t{0});
+  for (int quad = block.first * 4; quad < block.last * 4; ++quad) {
+    const int64_t offset = (quad % 4 * width + i) * 4;
+    I16 codes[B];
+#pragma GCC unroll 2
+    for (int b = 0; b < B; ++b) {
+      codes[b] = load_quad(block.v[quad / 4] + offset + b * 64, B > 1 ? 16 : count);
+      prefetch(block.next_v[quad / 4] + offset + b * 64);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      float* to = out + r * ld_out + i;
-      store(to, fma(to_float(shift_left<8>(high[r]) + low[r]), set1(weights[r].scale), load(to)));
+      const I16 top = repeat_dword(weights[r].high + quad * 4), rest = repeat_dword(weights[r].low + quad * 4);
+#pragma GCC unroll 2
+      for (int b = 0; b < B; ++b) {
+        high[r][b] = dot_bytes(high[r][b], top, codes[b]);
+        low[r][b] = dot_bytes(low[r][b], rest, codes[b]);
+      }
     }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int b = 0; b < B; ++b) {
+      float* to = out + r * ld_out + i + b * 16;
+      store(to, fma(to_float(shift_left<8>(high[r][b]) + low[r][b]), set1(weights[r].scale), load(to)));
+    }
+}
+
+template <int R>
+LLMC_KERNEL void add_values_int8(const WeightLimbs* weights, const KeyBlock& block, int64_t width, float* out,
+                                 int64_t ld_out) {
+  constexpr int B = LLMC_AVX512 && R <= 4 ? 2 : 1;
+  int64_t i = 0;
+  for (; i + 16 * B <= width; i += 16 * B) add_columns_int8<R, B>(weights, block, width, i, 16, out, ld_out);
+  for (; i < width; i += 16)
+    add_columns_int8<R, 1>(weights, block, width, i, static_cast<int>(width - i < 16 ? width - i : 16), out, ld_out);
 }
 
 LLMC_END

@@ -58,6 +58,7 @@ constexpr size_t kAlign = 64;     // alignment of arrays and of scratch parts, i
 constexpr size_t kWeightSlack = 8192;  // readable bytes that must follow each packed weight array
 
 LLMC_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+LLMC_INLINE void prefetch_l2(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 template <class T>
 constexpr T round_up(T value, T multiple) { return (value + multiple - 1) / multiple * multiple; }

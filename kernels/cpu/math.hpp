@@ -19,15 +19,14 @@ LLMC_INLINE F16 power_of_two(F16 n, F16 f) {
   constexpr float kSeries[] = {1.535336196e-04f, 1.339887385e-03f, 9.618436918e-03f,
                                5.550332367e-02f, 2.402264774e-01f, 6.931471825e-01f};
   const F16 mantissa = fma(horner(kSeries, f), f, set1(1.0f));
-  return as_float(as_int(mantissa) + shift_left<23>(round_int(n)));
+  return mantissa * as_float(shift_left<23>(as_int(n + set1(kRoundMagic + 127.0f))));  // NaN stays NaN
 }
 
 // 2^x: 0 below -125, 2^127 above 127, NaN for NaN.
 LLMC_INLINE F16 exp2(F16 x) {
   const F16 inside = max(set1(-125.0f), min(set1(127.0f), x));
   const F16 n = round_even(inside);
-  const F16 power = power_of_two(n, inside - n);
-  return select(is_nan(x), x, select(less(x, set1(-125.0f)), zero(), power));
+  return select(less(x, set1(-125.0f)), zero(), power_of_two(n, inside - n));
 }
 
 // e^x: 0 below -86, e^88 above 88, NaN for NaN; relative error below 3e-7.
@@ -36,7 +35,7 @@ LLMC_INLINE F16 exp(F16 x) {
   const F16 inside = max(set1(-86.0f), min(set1(88.0f), x));
   const F16 n = round_even(inside * set1(kLog2High));
   const F16 f = fma(inside, set1(kLog2Low), fma(inside, set1(kLog2High), negate(n)));
-  return select(is_nan(x), x, select(less(x, set1(-86.0f)), zero(), power_of_two(n, f)));
+  return select(less(x, set1(-86.0f)), zero(), power_of_two(n, f));
 }
 
 LLMC_INLINE F16 sigmoid(F16 x) { return set1(1.0f) / (set1(1.0f) + exp(negate(x))); }

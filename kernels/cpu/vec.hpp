@@ -25,36 +25,6 @@ LLMC_INLINE F16 with_sign(F16 magnitude, F16 sign) {
   return as_float(as_int(magnitude) | (as_int(sign) & set1(INT32_MIN)));
 }
 
-// Reductions fold the upper half onto the lower: lane i takes i + 8, then i + 4, i + 2, i + 1.
-LLMC_INLINE float sum_lanes(F16 a) {
-  float v[16];
-  store(v, a);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
-  return v[0];
-}
-LLMC_INLINE int32_t sum_lanes(I16 a) {
-  int32_t v[16];
-  store(v, a);
-  uint32_t total = 0;
-  for (int i = 0; i < 16; ++i) total += static_cast<uint32_t>(v[i]);
-  return static_cast<int32_t>(total);
-}
-LLMC_INLINE int32_t max_lanes(I16 a) {
-  int32_t v[16];
-  store(v, a);
-  int32_t top = v[0];
-  for (int i = 1; i < 16; ++i) top = v[i] > top ? v[i] : top;
-  return top;
-}
-LLMC_INLINE float max_lanes(F16 a) {
-  float v[16];
-  store(v, a);
-  float top = v[0];
-  for (int i = 1; i < 16; ++i) top = v[i] > top ? v[i] : top;
-  return top;
-}
-
 // Nearest integer, ties to even, for |a| < 2^22: as a float, and as an int.
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23
 LLMC_INLINE F16 round_even(F16 a) { return (a + set1(kRoundMagic)) - set1(kRoundMagic); }

@@ -135,4 +135,26 @@ LLMC_INLINE I16 dot_bytes(I16 sum, I16 unsigned_bytes, I16 signed_bytes) {
   return {dot_bytes(sum.a, unsigned_bytes.a, signed_bytes.a), dot_bytes(sum.b, unsigned_bytes.b, signed_bytes.b)};
 }
 
+// Reductions fold the upper half onto the lower, as in vec_generic.hpp.
+#define LLMC_FOLD_FLOAT(name, op128, op256)                                              \
+  LLMC_INLINE float name(F16 x) {                                                       \
+    const __m256 eight = op256(x.a, x.b);                              \
+    const __m128 four = op128(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)); \
+    const __m128 two = op128(four, _mm_movehl_ps(four, four));                          \
+    return _mm_cvtss_f32(op128(two, _mm_shuffle_ps(two, two, 1)));                      \
+  }
+#define LLMC_FOLD_INT(name, op128, op256)                                               \
+  LLMC_INLINE int32_t name(I16 x) {                                                     \
+    const __m256i eight = op256(x.a, x.b);                     \
+    const __m128i four = op128(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1)); \
+    const __m128i two = op128(four, _mm_shuffle_epi32(four, 0x4e));                     \
+    return _mm_cvtsi128_si32(op128(two, _mm_shuffle_epi32(two, 0xb1)));                 \
+  }
+LLMC_FOLD_FLOAT(sum_lanes, _mm_add_ps, _mm256_add_ps)
+LLMC_FOLD_FLOAT(max_lanes, _mm_max_ps, _mm256_max_ps)
+LLMC_FOLD_INT(sum_lanes, _mm_add_epi32, _mm256_add_epi32)
+LLMC_FOLD_INT(max_lanes, _mm_max_epi32, _mm256_max_epi32)
+#undef LLMC_FOLD_FLOAT
+#undef LLMC_FOLD_INT
+
 LLMC_END

@@ -75,8 +75,32 @@ LLMC_INLINE F16 select(M16 m, F16 yes, F16 no) { return {_mm512_mask_blend_ps(m.
 LLMC_INLINE I16 select(M16 m, I16 yes, I16 no) { return {_mm512_mask_blend_epi32(m.v, no.v, yes.v)}; }
 
 // sum + the four products of unsigned bytes with signed bytes of each dword, exactly.
+// Inline assembly, because GCC 12 copies the sums of the intrinsic about.
 LLMC_INLINE I16 dot_bytes(I16 sum, I16 unsigned_bytes, I16 signed_bytes) {
-  return {_mm512_dpbusd_epi32(sum.v, unsigned_bytes.v, signed_bytes.v)};
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(unsigned_bytes.v), "v"(signed_bytes.v));
+  return sum;
 }
+
+// Reductions fold the upper half onto the lower, as in vec_generic.hpp.
+#define LLMC_FOLD_FLOAT(name, op128, op256)                                              \
+  LLMC_INLINE float name(F16 x) {                                                       \
+    const __m256 eight = op256(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));                              \
+    const __m128 four = op128(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)); \
+    const __m128 two = op128(four, _mm_movehl_ps(four, four));                          \
+    return _mm_cvtss_f32(op128(two, _mm_shuffle_ps(two, two, 1)));                      \
+  }
+#define LLMC_FOLD_INT(name, op128, op256)                                               \
+  LLMC_INLINE int32_t name(I16 x) {                                                     \
+    const __m256i eight = op256(_mm512_castsi512_si256(x.v), _mm512_extracti32x8_epi32(x.v, 1));                     \
+    const __m128i four = op128(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1)); \
+    const __m128i two = op128(four, _mm_shuffle_epi32(four, 0x4e));                     \
+    return _mm_cvtsi128_si32(op128(two, _mm_shuffle_epi32(two, 0xb1)));                 \
+  }
+LLMC_FOLD_FLOAT(sum_lanes, _mm_add_ps, _mm256_add_ps)
+LLMC_FOLD_FLOAT(max_lanes, _mm_max_ps, _mm256_max_ps)
+LLMC_FOLD_INT(sum_lanes, _mm_add_epi32, _mm256_add_epi32)
+LLMC_FOLD_INT(max_lanes, _mm_max_epi32, _mm256_max_epi32)
+#undef LLMC_FOLD_FLOAT
+#undef LLMC_FOLD_INT
 
 LLMC_END

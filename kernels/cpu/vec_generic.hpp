@@ -85,4 +85,17 @@ LLMC_INLINE I16 dot_bytes(I16 sum, I16 unsigned_bytes, I16 signed_bytes) {
   return sum;
 }
 
+// Reductions fold the upper half onto the lower: lane i takes i + 8, then i + 4, i + 2, i + 1. Which of several
+// NaN or equal values a maximum gives is not defined.
+template <class V, class F>
+LLMC_INLINE auto fold(V a, const F& combine) -> decltype(a.v[0] + a.v[0]) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] = combine(a.v[i], a.v[i + half]);
+  return a.v[0];
+}
+LLMC_INLINE float sum_lanes(F16 a) { return fold(a, [](float x, float y) { return x + y; }); }
+LLMC_INLINE int32_t sum_lanes(I16 a) { return fold(a, [](int32_t x, int32_t y) { return wrap(raw(x) + raw(y)); }); }
+LLMC_INLINE float max_lanes(F16 a) { return fold(a, [](float x, float y) { return x > y ? x : y; }); }
+LLMC_INLINE int32_t max_lanes(I16 a) { return fold(a, [](int32_t x, int32_t y) { return x > y ? x : y; }); }
+
 LLMC_END

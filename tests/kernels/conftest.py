@@ -18,6 +18,8 @@ from llmc.kernels.levels import NUMERIC_FLAGS, supported_levels
 HERE = Path(__file__).parent
 HEADERS = HERE.parents[1] / "kernels" / "cpu"
 CACHE = HERE.parents[1] / "build" / "kernel-tests"
+# Set by test_cpu_sanitizers.py, which runs the other tests again under their run-time libraries.
+SANITIZERS = os.environ.get("LLMC_TEST_SANITIZERS", "")
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 
 
@@ -43,6 +45,8 @@ def compile_harness(source, level, defines=(), extra=()):
         *(f"-D{one}" for one in defines),
         *extra,
     ]
+    if SANITIZERS:
+        flags += [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     texts = [path.read_bytes() for path in sorted(HEADERS.glob("*.hpp"))] + [(HERE / source).read_bytes()]
     key = hashlib.sha256(b"\0".join([*texts, " ".join(flags).encode()])).hexdigest()[:24]
     target = CACHE / f"{Path(source).stem}-{level.name}-{key}.so"
@@ -52,8 +56,6 @@ def compile_harness(source, level, defines=(), extra=()):
         command = [COMPILER, *flags, f"-I{HEADERS}", str(HERE / source), "-o", str(partial)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]
-        for old in CACHE.glob(f"{Path(source).stem}-{level.name}-*.so"):
-            old.unlink(missing_ok=True)
         partial.rename(target)
     return target
 
