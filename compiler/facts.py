@@ -80,6 +80,7 @@ def model_spec(
     attention: Sequence[AttentionSpec],
     dtype: torch.dtype,
     max_context: int,
+    tied_head: bool,
     choices: dict[str, str],
 ) -> ModelSpec:
     """The spec of a traced program; `attention` is in layer order, parameters are counted once each."""
@@ -95,7 +96,7 @@ def model_spec(
         vocab_size=int(output.meta["val"].shape[-1]),
         max_context=max_context,
         compute_dtype=str(dtype).removeprefix("torch."),
-        tied_head=bool(weights.ties),
+        tied_head=tied_head,
         num_parameters=sum(prod(entry.shape) for entry in parameters),
         attention=tuple(sorted(attention, key=lambda call: call.layer)),
         bos_token_ids=adapter.token_ids(config, "bos"),

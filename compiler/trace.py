@@ -38,6 +38,7 @@ class TracedModel:
 
     model: nn.Module
     ties: dict[str, str]
+    tied_head: bool
     max_context: int
     choices: dict[str, str]
 
@@ -69,6 +70,7 @@ def trace_config(config: Any, *, dtype: torch.dtype, max_context: int | None = N
             attention=attention.calls,
             dtype=dtype,
             max_context=prepared.max_context,
+            tied_head=prepared.tied_head,
             choices=prepared.choices,
         ),
         facts=frozenset({TRACED}),
@@ -88,7 +90,13 @@ def prepare_model(config: Any, dtype: torch.dtype, max_context: int | None) -> T
     choices = settle_longrope(model, context)
     adapter.settle_shared_layers(model)
     use_norm_operators(model)
-    return TracedModel(model=model, ties=use_fake_parameters(model), max_context=context, choices=choices)
+    return TracedModel(
+        model=model,
+        tied_head=adapter.has_tied_head(model),
+        ties=use_fake_parameters(model),
+        max_context=context,
+        choices=choices,
+    )
 
 
 def _construct(config: Any, dtype: torch.dtype, name: str) -> nn.Module:

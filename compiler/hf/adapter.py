@@ -56,6 +56,12 @@ def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+def has_tied_head(model: Any) -> bool:
+    """Whether logits are made with the very table that embeds tokens."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is table.weight
+
+
 def keeps_rows(model: nn.Module) -> bool:
     """Whether the model can compute logits for chosen rows only."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -17,6 +17,9 @@ _MIXERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
 def refuse_config(config: Any) -> type[nn.Module]:
     """The model class of `config`. Raises ModelError for what its config or class already rule out."""
     name = str(getattr(config, "model_type", type(config).__name__))
+    found = adapter.causal_lm_class(config)
+    if found is None:
+        raise _unknown_type(name)
     if adapter.is_multimodal(config):
         raise ModelError(
             "model.multimodal",
@@ -24,9 +27,6 @@ def refuse_config(config: Any) -> type[nn.Module]:
             "llmc compiles decoder-only text models.",
             "Use the text-only checkpoint of this family.",
         )
-    found = adapter.causal_lm_class(config)
-    if found is None:
-        raise _unknown_type(name)
     method = adapter.quantization_method(config)
     if method is not None:
         raise ModelError(
