@@ -36,7 +36,18 @@ def run(*arguments):
 def test_help_lists_every_command_and_no_other():
     result = run("--help")
     assert result.exit_code == 0
-    expected = {"compile", "generate", "verify", "inspect", "passes", "recipe", "targets", "models", "doctor"}
+    expected = {
+        "compile",
+        "generate",
+        "serve",
+        "verify",
+        "inspect",
+        "passes",
+        "recipe",
+        "targets",
+        "models",
+        "doctor",
+    }
     assert set(main.commands) == expected
     assert all(name in result.output for name in expected)
 
