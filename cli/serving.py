@@ -62,7 +62,7 @@ def serve_artifacts(output: Output, artifacts: Sequence[Path], config: ServerCon
 
     set_up_logs(config.json_logs, config.access_log)
     ledger = StartLedger()
-    keys = read_keys(config.api_keys) if config.api_keys is not None else ApiKeys()
+    keys = read_keys(Path(config.api_keys)) if config.api_keys is not None else ApiKeys()
     names = served_names(artifacts, config.served_name)
     with contextlib.ExitStack() as stack:
         bound = listen(config)
@@ -112,11 +112,12 @@ def runtime_config(config: ServerConfig) -> RuntimeConfig:
 
     given = {name: getattr(config, name) for name in _ENGINE_SETTINGS}
     base = {name: value for name, value in given.items() if value is not None}
-    max_requests = base.get("max_requests", RuntimeConfig.max_requests)
+    usual = RuntimeConfig()
+    max_requests = base.get("max_requests", usual.max_requests)
     return RuntimeConfig(
         **base,
         max_waiting=config.max_waiting + max_requests,
-        max_step_tokens=max(RuntimeConfig.max_step_tokens, max_requests),
+        max_step_tokens=max(usual.max_step_tokens, max_requests),
     )
 
 

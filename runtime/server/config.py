@@ -21,14 +21,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `max_concurrency_per_key` bounds the sequences of one API key. Bodies beyond `max_body_bytes`, or slower
     than `body_timeout_s`, are refused. A reader that takes nothing for `send_timeout_s` is given up. At the
     end running requests have `drain_timeout_s`. No step for `watchdog_s` while there is work makes
-    `/health` fail. `api_keys` is a file with a key a line, `name:key` or `key`.
+    `/health` fail. `api_keys` names a file with a key a line, `name:key` or `key`.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
-    api_keys: Path | None = None
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
+    api_keys: str | None = None
+    tls_certificate: str | None = None
+    tls_key: str | None = None
     served_name: str | None = None
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 256
     max_prompt_tokens: Count | None = None
