@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="Where the artifact goes.")
 @click.option("--quant", metavar="PRESET", help="Quantise: see `llmc recipe list`.")
-@click.option("--target", default="reference", show_default=True, help="See `llmc targets`.")
+@click.option(
+    "--target", help="See `llmc targets`; default: cpu where there is a C++ compiler, else reference."
+)
 @click.option("--recipe", type=click.Path(path_type=Path), help="A YAML recipe in place of a preset.")
 @click.option("--set", "overrides", multiple=True, metavar="PASS.OPTION=VALUE", help="Change an option.")
 @click.option("--dtype", metavar="D", help="Compute in float32, bfloat16 or float16.")

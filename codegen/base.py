@@ -48,6 +48,17 @@ class Backend(Protocol):
         ...
 
 
+def default_target() -> str:
+    """The target that this machine can build for best: `cpu` with a C++ compiler, else `reference`."""
+    from .cpu.toolchain import find_compiler
+
+    try:
+        find_compiler()
+    except TargetError:
+        return "reference"
+    return "cpu"
+
+
 def backend_for(target: Target) -> Backend:
     """The backend of `target`. Raises TargetError when there is none for its kind."""
     if target.kind not in _BACKENDS:

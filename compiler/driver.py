@@ -12,7 +12,7 @@ import torch
 from ..artifact.folder import check_free_name
 from ..artifact.schema import MANIFEST
 from ..artifact.writer import ArtifactWriter
-from ..codegen.base import backend_for
+from ..codegen.base import backend_for, default_target
 from ..ir.program import Program
 from ..passes.base import PassContext
 from ..runtime.memory import available_memory_bytes
@@ -36,7 +36,7 @@ def compile_model(
     *,
     output: str | Path | None = None,
     quant: str | None = None,
-    target: str = "reference",
+    target: str | None = None,
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     dtype: str | None = None,
@@ -60,7 +60,7 @@ def compile_model(
         model=str(model),
         output=None if output is None else Path(output),
         quant=quant,
-        target=target,
+        target=target or default_target(),
         recipe=None if recipe is None else Path(recipe),
         overrides=tuple(overrides),
         dtype=dtype,

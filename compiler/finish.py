@@ -29,6 +29,7 @@ from ..runtime.tokenizer import Tokenizer
 from ..spec.errors import InternalError
 from .checkpoint import Checkpoint
 from .ledger import Ledger
+from .library_check import check_libraries
 from .oracle import make_oracle
 from .pipeline import Compiled, is_small
 from .quality import Quality, measure, probe_prompts
@@ -62,7 +63,11 @@ def finish_artifact(
         quality = measure(compiled.bound, as_written(judged, preview), prompts)
         compiled.bound.weights.reader.close()
     with ledger.stage("make the oracle"):
-        write_oracle(writer, make_oracle(as_written(compiled.final, preview), tokenizer.encode))
+        oracle = make_oracle(as_written(compiled.final, preview), tokenizer.encode)
+        write_oracle(writer, oracle)
+    if preview.manifest.target.kind == "cpu":
+        with ledger.stage("check the libraries"):
+            check_libraries(writer.preview(preview.manifest), oracle)
     writer.write_bytes(
         REPORT,
         "report",

@@ -18,12 +18,17 @@ from .stepped import SteppedExecutor
 
 
 def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
-    """The executor of an artifact of target kind `cpu`; its weights are copied into large pages.
+    """The executor of an artifact of target kind `cpu`, with the best library that runs here; its weights are
+    copied into large pages.
 
     Raises TargetError when no stored library runs on this processor.
     """
     unit = decode_unit(artifact.read_bytes(CPU_UNIT))
-    level = choose_level(unit, processor_features())
+    return open_level(artifact, unit, choose_level(unit, processor_features()), config)
+
+
+def open_level(artifact: Artifact, unit: CpuUnit, level: str, config: RuntimeConfig) -> SteppedExecutor:
+    """The executor with the library of one ISA level, which must run on this processor."""
     spec, layout = artifact.manifest.spec, artifact.manifest.cache
     max_model_len = min(config.max_model_len or spec.max_context, spec.max_context)
     max_step_tokens = min(config.max_step_tokens, unit.max_tokens)
@@ -56,11 +61,16 @@ def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
     return SteppedExecutor(model, caps)
 
 
+def runnable_levels(unit: CpuUnit, features: frozenset[str]) -> list[str]:
+    """The stored levels whose needs `features` meet, best first."""
+    return [level.name for level in unit.levels if features.issuperset(level.features)]
+
+
 def choose_level(unit: CpuUnit, features: frozenset[str]) -> str:
     """The best stored level whose needs `features` meet. Raises TargetError naming what is missing."""
-    for level in unit.levels:
-        if features.issuperset(level.features):
-            return level.name
+    runnable = runnable_levels(unit, features)
+    if runnable:
+        return runnable[0]
     last = unit.levels[-1]
     missing = sorted(set(last.features) - features)
     raise TargetError(

@@ -28,7 +28,9 @@ def answer(*arguments, **options):
 def artifact(stories_1m, tmp_path_factory):
     """The small bundled model with 4-bit weights, made by the command line."""
     path = tmp_path_factory.mktemp("artifact") / "stories.llmc"
-    report = answer("compile", stories_1m, "--quant", "int4", "--verify", "structure", "-o", path)
+    report = answer(
+        "compile", stories_1m, "--target", "reference", "--quant", "int4", "--verify", "structure", "-o", path
+    )
     keys = {"artifact", "target", "recipe", "seconds", "size_bytes", "bits_per_weight", "quality", "passes"}
     assert keys <= set(report)
     assert {"perplexity", "reference_perplexity", "kl_mean", "kl_p99", "same_top"} <= set(report["quality"])
@@ -44,19 +46,25 @@ def copy(artifact, tmp_path):
 
 
 def test_compile_prints_a_ledger_and_a_summary(stories_1m, tmp_path):
-    result = run("compile", stories_1m, "-o", tmp_path / "out.llmc", "--verify", "off")
+    result = run(
+        "compile", stories_1m, "--target", "reference", "-o", tmp_path / "out.llmc", "--verify", "off"
+    )
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith(f"Wrote {tmp_path / 'out.llmc'}")
     assert "bits a weight" in result.stdout
     assert "requests x 512 tokens" in result.stdout
     assert " s  trace" in result.stderr
-    again = run("compile", stories_1m, "-o", tmp_path / "out.llmc", "--verify", "off")
+    again = run(
+        "compile", stories_1m, "--target", "reference", "-o", tmp_path / "out.llmc", "--verify", "off"
+    )
     assert again.exit_code == 2
     assert "--force" in again.stderr
 
 
 def test_a_quiet_dry_run_prints_its_result_alone(stories_1m, tmp_path):
-    result = run("compile", stories_1m, "-o", tmp_path / "out.llmc", "--dry-run", "--quiet")
+    result = run(
+        "compile", stories_1m, "--target", "reference", "-o", tmp_path / "out.llmc", "--dry-run", "--quiet"
+    )
     assert result.exit_code == 0
     assert result.stderr == ""
     assert result.stdout.startswith("Would write")
@@ -173,7 +181,7 @@ def test_an_edited_recipe_compiles(tmp_path, stories_1m):
     recipe = tmp_path / "my.yaml"
     recipe.write_text(run("recipe", "show", "int4").output.replace("name: int4", "name: mine"))
     options = ("--recipe", recipe, "--set", "rtn.bits=8", "--verify", "off", "-o", tmp_path / "out.llmc")
-    found = answer("compile", stories_1m, *options)
+    found = answer("compile", stories_1m, "--target", "reference", *options)
     assert found["recipe"] == "mine"
     assert found["bits_per_weight"] > 8
 

@@ -30,7 +30,7 @@ PROMPTS = (
 def plain(stories_7m, tmp_path_factory):
     """The bundled model in float32, with the result of its compile."""
     output = tmp_path_factory.mktemp("plain") / "stories.llmc"
-    return compile_model(stories_7m, output=output, dtype="float32")
+    return compile_model(stories_7m, output=output, dtype="float32", target="reference")
 
 
 def greedy_of_transformers(folder, prompts, num_tokens):
@@ -95,14 +95,18 @@ def contents(folder):
 
 def test_compiling_twice_gives_the_same_bytes(stories_1m, tmp_path):
     for name in ("one", "two"):
-        compile_model(stories_1m, output=tmp_path / name / "out.llmc", quant="int4", verify="off")
+        compile_model(
+            stories_1m, output=tmp_path / name / "out.llmc", quant="int4", verify="off", target="reference"
+        )
     assert contents(tmp_path / "one" / "out.llmc") == contents(tmp_path / "two" / "out.llmc")
 
 
 def test_force_replaces_an_artifact(stories_1m, tmp_path):
     output = tmp_path / "out.llmc"
-    first = compile_model(stories_1m, output=output, verify="off")
-    second = compile_model(stories_1m, output=output, quant="int4", force=True, verify="off")
+    first = compile_model(stories_1m, output=output, verify="off", target="reference")
+    second = compile_model(
+        stories_1m, output=output, quant="int4", force=True, verify="off", target="reference"
+    )
     assert second.size_bytes < first.size_bytes
     assert open_artifact(output).manifest.recipe.name == "int4"
     assert [path.name for path in tmp_path.iterdir()] == ["out.llmc"]
@@ -113,7 +117,9 @@ def test_a_dry_run_loads_no_weight_and_writes_nothing(stories_1m, tmp_path, monk
         raise AssertionError(f"{key} was loaded")
 
     monkeypatch.setattr(Reader, "tensor", refuse)
-    result = compile_model(stories_1m, output=tmp_path / "out.llmc", quant="int4", dry_run=True)
+    result = compile_model(
+        stories_1m, output=tmp_path / "out.llmc", quant="int4", dry_run=True, target="reference"
+    )
     assert list(tmp_path.iterdir()) == []
     assert result.quality is None
     assert result.fit.requests > 0
@@ -123,15 +129,17 @@ def test_a_dry_run_loads_no_weight_and_writes_nothing(stories_1m, tmp_path, monk
 
 def test_output_is_named_after_model_and_preset(stories_1m, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert compile_model(stories_1m, verify="off").path == Path("stories-1m.llmc")
-    assert compile_model(stories_1m, quant="int8", verify="off").path == Path("stories-1m-int8.llmc")
-    named = compile_model(stories_1m, quant="int4", dtype="float32", dry_run=True)
+    assert compile_model(stories_1m, verify="off", target="reference").path == Path("stories-1m.llmc")
+    assert compile_model(stories_1m, quant="int8", verify="off", target="reference").path == Path(
+        "stories-1m-int8.llmc"
+    )
+    named = compile_model(stories_1m, quant="int4", dtype="float32", dry_run=True, target="reference")
     assert named.path == Path("stories-1m-int4-float32.llmc")
     assert {path.name for path in tmp_path.iterdir()} == {"stories-1m.llmc", "stories-1m-int8.llmc"}
 
 
 def test_the_checkpoints_own_precision_is_kept(stories_1m, tmp_path):
-    compile_model(stories_1m, output=tmp_path / "own.llmc", verify="off")
+    compile_model(stories_1m, output=tmp_path / "own.llmc", verify="off", target="reference")
     assert open_artifact(tmp_path / "own.llmc").manifest.spec.compute_dtype == "bfloat16"
 
 
@@ -151,7 +159,7 @@ def test_progress_hears_of_every_stage(stories_1m, tmp_path):
             self.advances.append((done, total, what))
 
     heard = Heard()
-    result = compile_model(stories_1m, output=tmp_path / "out.llmc", progress=heard)
+    result = compile_model(stories_1m, output=tmp_path / "out.llmc", progress=heard, target="reference")
     assert heard.begun == heard.ended == [entry.stage for entry in result.ledger]
     assert any(what == "model.embed_tokens.weight" for _, _, what in heard.advances)
     assert all(0 <= done <= total for done, total, _ in heard.advances)
@@ -159,7 +167,12 @@ def test_progress_hears_of_every_stage(stories_1m, tmp_path):
 
 def test_dumped_programs_are_readable(stories_1m, tmp_path):
     compile_model(
-        stories_1m, output=tmp_path / "out.llmc", dry_run=True, dump_ir=tmp_path / "ir", verify="structure"
+        stories_1m,
+        output=tmp_path / "out.llmc",
+        dry_run=True,
+        dump_ir=tmp_path / "ir",
+        verify="structure",
+        target="reference",
     )
     dumps = sorted(path.name for path in (tmp_path / "ir").iterdir())
     assert dumps[0] == "00-input.txt"
@@ -208,12 +221,16 @@ def test_odd_shapes_compile_and_generate(shape, stories_1m, tmp_path):
     model = odd_model(tmp_path / "model", stories_1m, **ODD[shape])
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     prompt = tuple(range(1, 50))
-    plain = compile_model(model, output=tmp_path / "plain.llmc", dtype="float32", verify="structure")
+    plain = compile_model(
+        model, output=tmp_path / "plain.llmc", dtype="float32", verify="structure", target="reference"
+    )
     with llmc.load(plain.path) as llm:
         (result,) = llm.generate([prompt], params)
     (expected,) = greedy_of_transformers(model, [prompt], 24)
     assert result.token_ids == expected
-    quantised = compile_model(model, output=tmp_path / "int4.llmc", quant="int4", verify="structure")
+    quantised = compile_model(
+        model, output=tmp_path / "int4.llmc", quant="int4", verify="structure", target="reference"
+    )
     assert quantised.bits_per_weight < 13  # groups that are mostly padding cost bits
     assert quantised.quality.kl_mean < 0.5
     with llmc.load(quantised.path) as llm:

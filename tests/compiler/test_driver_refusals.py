@@ -23,7 +23,7 @@ from llmc.spec.errors import LlmcError, ModelError, RecipeError, TargetError, Us
 def refusal(kind, model, output, **options):
     before = sorted(output.parent.iterdir())
     with pytest.raises(kind) as caught:
-        compile_model(model, output=output, **{"verify": "off"} | options)
+        compile_model(model, output=output, **{"verify": "off", "target": "reference"} | options)
     assert sorted(output.parent.iterdir()) == before
     return caught.value
 
@@ -102,17 +102,28 @@ class Interrupting(Silent):
 )
 def test_an_interrupt_in_any_stage_leaves_nothing(stories_1m, tmp_path, stage):
     with pytest.raises(KeyboardInterrupt):
-        compile_model(stories_1m, output=tmp_path / "out.llmc", verify="off", progress=Interrupting(stage))
+        compile_model(
+            stories_1m,
+            output=tmp_path / "out.llmc",
+            verify="off",
+            target="reference",
+            progress=Interrupting(stage),
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_while_replacing_keeps_the_old_artifact(stories_1m, tmp_path):
     output = tmp_path / "out.llmc"
-    compile_model(stories_1m, output=output, verify="off")
+    compile_model(stories_1m, output=output, verify="off", target="reference")
     before = (output / "manifest.json").read_bytes()
     with pytest.raises(KeyboardInterrupt):
         compile_model(
-            stories_1m, output=output, verify="off", force=True, progress=Interrupting("make the oracle")
+            stories_1m,
+            output=output,
+            verify="off",
+            target="reference",
+            force=True,
+            progress=Interrupting("make the oracle"),
         )
     assert [path.name for path in tmp_path.iterdir()] == ["out.llmc"]
     assert (output / "manifest.json").read_bytes() == before
@@ -157,7 +168,7 @@ def test_a_killed_compile_leaves_rubbish_that_the_next_one_removes(stories_1m, t
     abandoned = tmp_path / ".out.llmc.partial-abandoned"
     abandoned.mkdir()
     (abandoned / "weights-00001.safetensors").write_bytes(b"half")
-    compile_model(stories_1m, output=tmp_path / "out.llmc", verify="off")
+    compile_model(stories_1m, output=tmp_path / "out.llmc", verify="off", target="reference")
     assert [path.name for path in tmp_path.iterdir()] == ["out.llmc"]
 
 
