@@ -227,6 +227,10 @@ LLMC_KERNEL void attend_part(const AttentionShape& a, const AttentionBatch& b, c
     for (int c = block.first; c < block.last; ++c) {
       block.next_k[c] = c < next.last && c >= next.first ? next.k[c] : block.k[c];
       block.next_v[c] = c < next.last && c >= next.first ? next.v[c] : block.v[c];
+      if (sizeof(T) == 1 && next.k_scales[c]) {
+        prefetch_l2(next.k_scales[c]);
+        prefetch_l2(next.v_scales[c]);
+      }
     }
     block_scores<T>(s, limbs, rows, width, block);
     bool any_row = false;

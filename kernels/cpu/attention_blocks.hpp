@@ -177,7 +177,7 @@ LLMC_INLINE void score_chunks_int8(const QueryLimbs* q, int64_t width, const Key
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       codes[c] = load_dwords(block.k[chunk + c] + i * kChunk);
-      prefetch(block.next_k[chunk + c] + i * kChunk);
+      prefetch_l2(block.next_k[chunk + c] + i * kChunk);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -259,7 +259,7 @@ LLMC_INLINE void add_columns_int8(const WeightLimbs* weights, const KeyBlock& bl
 #pragma GCC unroll 2
     for (int b = 0; b < B; ++b) {
       codes[b] = load_quad(block.v[quad / 4] + offset + b * 64, B > 1 ? 16 : count);
-      prefetch(block.next_v[quad / 4] + offset + b * 64);
+      prefetch_l2(block.next_v[quad / 4] + offset + b * 64);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
