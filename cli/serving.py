@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +64,7 @@ def serve_artifacts(output: Output, artifacts: Sequence[Path], config: ServerCon
 
     set_up_logs(config.json_logs, config.access_log)
     ledger = StartLedger()
+    ledger.steps["python and imports"] = process_age_s()
     keys = read_keys(Path(config.api_keys)) if config.api_keys is not None else ApiKeys()
     names = served_names(artifacts, config.served_name)
     with contextlib.ExitStack() as stack:
@@ -142,6 +145,13 @@ def _announce(
     steps = ", ".join(f"{name} {seconds:.2f}" for name, seconds in ledger.steps.items())
     output.note(f"ready in {ledger.total_s:.2f} s ({steps})")
     output.note(f"serving {', '.join(names)} at {url}/v1")
+
+
+def process_age_s() -> float:
+    """Seconds since this process began, to the kernel's tick of about 10 ms."""
+    fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
 
 
 def _plain(value: Any) -> Any:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import msgspec
 from starlette.responses import Response
 
 from ...spec.errors import LlmcError
+from ..params import SamplingParams
 from .messages import Failed
 
+# A code `request.X` is about the field X where there is one of that name.
+_FIELDS = frozenset(each.name for each in dataclasses.fields(SamplingParams))
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -89,6 +93,9 @@ def error_body(error: LlmcError) -> ErrorBody:
     """The JSON that tells `error`."""
     status = status_of(error)
     param = error.param if isinstance(error, ServingError) else None
+    room, _, subject = error.code.partition(".")
+    if param is None and room == "request" and subject in _FIELDS:
+        param = subject
     return ErrorBody(
         ErrorDetail(
             message=str(error),

@@ -123,7 +123,7 @@ async def _reply(
     if not asked.stream:
         return await reply_whole(run, writer, request)
     return await reply_stream(
-        run, writer, with_usage=_wants_usage(asked), send_timeout_s=state.config.send_timeout_s
+        run, writer, request, with_usage=_wants_usage(asked), send_timeout_s=state.config.send_timeout_s
     )
 
 

@@ -35,6 +35,13 @@ def frame(body: msgspec.Struct) -> bytes:
 
 async def reply_whole(run: Run, writer: Writer, request: Request) -> Response:
     """The answer in one body. ServingError when the generation ends badly."""
+    try:
+        return await _whole(run, writer, request)
+    finally:
+        run.close()
+
+
+async def _whole(run: Run, writer: Writer, request: Request) -> Response:
     async with _watching(run, request.receive):
         pieces: list[Piece] = []
         while not run.is_over:
@@ -42,11 +49,14 @@ async def reply_whole(run: Run, writer: Writer, request: Request) -> Response:
     return Response(msgspec.json.encode(writer.whole(pieces, run.usage())), media_type="application/json")
 
 
-async def reply_stream(run: Run, writer: Writer, *, with_usage: bool, send_timeout_s: float) -> EventStream:
+async def reply_stream(
+    run: Run, writer: Writer, request: Request, *, with_usage: bool, send_timeout_s: float
+) -> EventStream:
     """A stream whose first events are there: what fails before them still gets a status of its own.
     ServingError then."""
     try:
-        first = _frames(writer, await run.take())
+        async with _watching(run, request.receive):
+            first = _frames(writer, await run.take())
     except BaseException:
         run.close()
         raise
@@ -69,9 +79,12 @@ class EventStream(Response):
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientGone):
-            async with _watching(self._run, receive):
-                await self._send(send)
+        try:
+            with contextlib.suppress(ClientGone):
+                async with _watching(self._run, receive):
+                    await self._send(send)
+        finally:
+            self._run.close()
 
     async def _send(self, send: Send) -> None:
         """All of the stream. ClientGone where nobody reads on; the connection is closed then."""
@@ -105,11 +118,14 @@ def _frames(writer: Writer, pieces: list[Piece]) -> bytes:
 
 @contextlib.asynccontextmanager
 async def _watching(run: Run, receive: Receive) -> AsyncGenerator[None]:
-    """Abandons the run when the client goes, and closes it at the end."""
-    watcher = asyncio.create_task(until_disconnect(receive))
-    watcher.add_done_callback(lambda _: run.abandon())
+    """Abandons the run when the client goes."""
+
+    async def watch() -> None:
+        await until_disconnect(receive)
+        run.abandon()
+
+    watcher = asyncio.create_task(watch())
     try:
         yield
     finally:
         watcher.cancel()
-        run.close()

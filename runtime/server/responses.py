@@ -156,7 +156,7 @@ class DetokenizeResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HealthResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """`status` is ok, draining, or stuck; `why` explains what is not ok."""
+    """`why` explains what is not ok."""
 
     status: Literal["ok", "draining", "failed"]
     why: str | None = None

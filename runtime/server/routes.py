@@ -16,54 +16,65 @@ from .openapi import openapi_document
 from .requests import DetokenizeRequest, TokenizeRequest
 from .responses import HealthResponse, ModelList
 from .state import ServerState
-from .text_routes import detokenize, model_card, tokenize
-
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/openapi.json"})
+from .text_routes import alive, detokenize, model_card, takes_requests, tokenize
 
 
 def make_routes(state: ServerState) -> list[Route]:
-    """All routes over `state`. Those of `OPEN_PATHS` ask for no key."""
+    """All routes over `state`. Those that machines look at ask for no key."""
+    return [*_generation_routes(state), *_model_routes(state), *_open_routes(state)]
 
-    def owner(request: Request) -> str:
-        return state.keys.owner_of(request.headers.get("authorization"))
 
+def _owner(state: ServerState, request: Request) -> str:
+    """Whose key came with the request; a 401 otherwise. Comes before anything is read."""
+    return state.keys.owner_of(request.headers.get("authorization"))
+
+
+def _generation_routes(state: ServerState) -> list[Route]:
     async def completions(request: Request) -> Response:
-        return await generate_completion(state, request, owner(request))
+        return await generate_completion(state, request, _owner(state, request))
 
     async def chat(request: Request) -> Response:
-        return await generate_chat(state, request, owner(request))
+        return await generate_chat(state, request, _owner(state, request))
 
+    return [
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+    ]
+
+
+def _model_routes(state: ServerState) -> list[Route]:
     async def models(request: Request) -> Response:
-        owner(request)
+        _owner(state, request)
         return as_json(ModelList(data=[model_card(model) for model in state.models.values()]))
 
     async def model(request: Request) -> Response:
-        owner(request)
+        _owner(state, request)
         return as_json(model_card(state.model(request.path_params["name"])))
 
     async def tokenize_text(request: Request) -> Response:
-        owner(request)
+        _owner(state, request)
         body = await read_body(request, state.config)
         return as_json(await tokenize(state, decode_body(body, TokenizeRequest, TOKENIZE_FIELDS)))
 
     async def detokenize_ids(request: Request) -> Response:
-        owner(request)
+        _owner(state, request)
         body = await read_body(request, state.config)
         return as_json(await detokenize(state, decode_body(body, DetokenizeRequest, DETOKENIZE_FIELDS)))
 
+    return [
+        Route("/v1/models", models, methods=["GET"]),
+        Route("/v1/models/{name:path}", model, methods=["GET"]),
+        Route("/tokenize", tokenize_text, methods=["POST"]),
+        Route("/detokenize", detokenize_ids, methods=["POST"]),
+    ]
+
+
+def _open_routes(state: ServerState) -> list[Route]:
     async def health(_: Request) -> Response:
-        failure = state.failure()
-        return as_json(
-            HealthResponse(status="failed" if failure else "ok", why=failure), 503 if failure else 200
-        )
+        return _as_health(alive(state))
 
     async def ready(_: Request) -> Response:
-        failure = state.failure()
-        if state.is_draining:
-            return as_json(HealthResponse(status="draining", why="The server is shutting down."), 503)
-        return as_json(
-            HealthResponse(status="failed" if failure else "ok", why=failure), 503 if failure else 200
-        )
+        return _as_health(takes_requests(state))
 
     async def metrics(_: Request) -> Response:
         return Response(state.metrics.expose(), headers={"content-type": CONTENT_TYPE})
@@ -72,17 +83,15 @@ def make_routes(state: ServerState) -> list[Route]:
         return Response(msgspec.json.encode(openapi_document()), media_type="application/json")
 
     return [
-        Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/models", models, methods=["GET"]),
-        Route("/v1/models/{name:path}", model, methods=["GET"]),
-        Route("/tokenize", tokenize_text, methods=["POST"]),
-        Route("/detokenize", detokenize_ids, methods=["POST"]),
         Route("/health", health, methods=["GET"]),
         Route("/ready", ready, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
         Route("/openapi.json", openapi, methods=["GET"]),
     ]
+
+
+def _as_health(health: HealthResponse) -> Response:
+    return as_json(health, 200 if health.status == "ok" else 503)
 
 
 def as_json(body: msgspec.Struct, status: int = 200) -> Response:

@@ -3,8 +3,6 @@ given back exactly once. Knows neither JSON nor sockets."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..outputs import StreamChunk
@@ -65,7 +63,6 @@ class Run:
         place: Place,
         metrics: ModelMetrics,
         arrival_s: float,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan = plan
         self._client = client
@@ -73,7 +70,6 @@ class Run:
         self._place = place
         self._metrics = metrics
         self._arrival_s = arrival_s
-        self._clock = clock
         self._sequences = [_Sequence() for _ in range(plan.num_sequences)]
         self._cached_tokens = [0] * len(plan.prompts)
         self._num_open = plan.num_sequences

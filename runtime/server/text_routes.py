@@ -1,4 +1,4 @@
-"""What the routes around generation answer: tokenising both ways, and a model's card."""
+"""What the routes around generation answer: tokenising both ways, a model's card, health."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 from .errors import bad_request
 from .requests import DetokenizeRequest, TokenizeRequest
-from .responses import DetokenizeResponse, ModelCard, TokenizeResponse
+from .responses import DetokenizeResponse, HealthResponse, ModelCard, TokenizeResponse
 from .state import ServedModel, ServerState
 
 
@@ -45,3 +45,16 @@ async def detokenize(state: ServerState, asked: DetokenizeRequest) -> Detokenize
 
 def model_card(model: ServedModel) -> ModelCard:
     return ModelCard(id=model.name, created=model.created, max_model_len=model.codec.limits.max_model_len)
+
+
+def alive(state: ServerState) -> HealthResponse:
+    """Whether all engines move."""
+    failure = state.failure()
+    return HealthResponse(status="failed" if failure else "ok", why=failure)
+
+
+def takes_requests(state: ServerState) -> HealthResponse:
+    """Whether a new request would be taken."""
+    if state.is_draining:
+        return HealthResponse(status="draining", why="The server is shutting down.")
+    return alive(state)

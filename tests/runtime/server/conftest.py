@@ -156,3 +156,22 @@ def serve():
     """A function that starts a server with its own settings."""
     with contextlib.ExitStack() as stack:
         yield lambda **options: stack.enter_context(serving(**options))
+
+
+@pytest.fixture
+def run_server():
+    """A function from settings and names to a server over fresh simulated models, one a name; `wrap` may
+    stand between server and engine."""
+    with contextlib.ExitStack() as stack:
+
+        def start(config, wraps):
+            engines = []
+            for name, wrap in wraps.items():
+                llm = LLM(SlowExecutor(simulated_caps(max_in_flight=2)), letters(), SPEC, RuntimeConfig())
+                stack.callback(llm.close)
+                engines.append((name, wrap(LocalChannel(llm)), llm.tokenizer))
+            running = Running(config, engines)
+            stack.callback(running.stop)
+            return running
+
+        yield start

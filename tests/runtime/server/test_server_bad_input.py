@@ -235,7 +235,7 @@ def exchange(running, data, then=b""):
 def test_what_is_hardly_http(shared):
     assert b" 400 " in exchange(shared, b"\x16\x03\x01nonsense\r\n\r\n").split(b"\r\n")[0]
     flood = b"GET /health HTTP/1.1\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"y" * 100) for n in range(2000))
-    with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # it may be cut off while it sends
+    with contextlib.suppress(OSError):  # it may be cut off while it sends
         assert b" 4" in exchange(shared, flood).split(b"\r\n")[0]
 
 

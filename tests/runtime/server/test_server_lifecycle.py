@@ -157,6 +157,20 @@ def test_a_client_that_leaves_before_any_answer(serve):
     assert running.metric("llmc:request_success_total", finished_reason="stop") == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_the_queue_gives_its_place_back(serve, stream):
+    running = serve(caps={"max_rows": 1}, max_waiting=1)
+    running.executor.delay_s = 0.03
+    thread, _ = in_background(lambda: running.post("/v1/completions", **LONG))
+    wait_for(lambda: running.state.num_open == 1)
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(f"{running.url}/v1/completions", json={**LONG, "stream": stream}, timeout=0.2)
+    wait_for(lambda: running.state.num_open == 1, 1)
+    assert thread.is_alive()
+    running.executor.delay_s = 0.0
+    thread.join()
+
+
 def test_a_reader_that_does_not_read_is_given_up(serve):
     running = serve(send_timeout_s=0.3, caps={"max_context": 40000, "groups": (("full", 0, 64, 640),)})
     body = json.dumps({"prompt": "a", "max_tokens": 8000, "ignore_eos": True, "stream": True, "logprobs": 20})
@@ -200,7 +214,7 @@ def test_a_failing_step_fails_its_requests_alone(serve):
     running.executor.faults.on_collect = None
     assert running.post("/v1/completions", **LONG).status_code == 200
     assert running.http.get(f"{running.url}/health").status_code == 200
-    assert running.metric("llmc:engine_failed_steps_total") == 1
+    assert running.metric("llmc:engine_failed_steps_total") >= 1
 
 
 def test_an_engine_that_does_not_move_is_not_healthy(serve):
