@@ -11,25 +11,36 @@ from .output import Output, table, with_output
 @with_output
 def models(output: Output) -> None:
     """List the model configurations that are checked against transformers, and what comes of each."""
-    from ..models.families import FAMILIES
+    from ..models.families import swept_families
 
+    swept = swept_families()
     rows = [
-        ("yes" if family.refused is None else "no", family.name, family.config, family.refused or family.note)
-        for family in FAMILIES
+        (
+            row.status,
+            row.name,
+            row.config,
+            "" if row.nodes is None else str(row.nodes),
+            "" if row.error is None else f"{row.error:.1e}",
+            row.code or row.note,
+        )
+        for row in swept
     ]
-    num_compiled = sum(family.refused is None for family in FAMILIES)
+    num_compiled = sum(row.status == "supported" for row in swept)
     data = {
         "models": [
             {
-                "name": family.name,
-                "config": family.config,
-                "compiles": family.refused is None,
-                "refused": family.refused,
-                "note": family.note,
+                "name": row.name,
+                "config": row.config,
+                "compiles": row.status == "supported",
+                "refused": row.code,
+                "why": row.why,
+                "nodes": row.nodes,
+                "error": row.error,
+                "note": row.note,
             }
-            for family in FAMILIES
+            for row in swept
         ],
         "compiled": num_compiled,
     }
-    text = table(rows, ("compiles", "name", "config", "note or reason"))
-    output.result(data, f"{text}\n\n{num_compiled} of {len(FAMILIES)} configurations compile.")
+    text = table(rows, ("status", "name", "config", "nodes", "error", "note or reason"))
+    output.result(data, f"{text}\n\n{num_compiled} of {len(swept)} configurations compile.")

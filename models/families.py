@@ -3,8 +3,10 @@ Data only; knows neither torch nor transformers."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any
 
 _VOCAB = 97
@@ -356,3 +358,29 @@ FAMILIES: tuple[Family, ...] = (
 def family_named(name: str) -> Family:
     """The family of that name. Raises KeyError."""
     return next(family for family in FAMILIES if family.name == name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of one family in the last sweep: `python bench/trace/sweep.py` writes these.
+
+    `status` is `supported` or `refused`, or `broken` where that was not what the table expects. `nodes` is
+    the size of the traced graph of the four-layer configuration; `error` is the largest difference from
+    transformers over the largest logit, in float32; `code` and `why` are those of a refusal.
+    """
+
+    name: str
+    config: str
+    status: str
+    nodes: int | None
+    layers: int | None
+    error: float | None
+    code: str | None
+    note: str
+    why: str = ""
+
+
+def swept_families() -> tuple[Outcome, ...]:
+    """The outcome of every family in the last sweep, in the order of the table."""
+    text = resources.files(__package__ or "llmc.models").joinpath("families.json").read_text(encoding="utf-8")
+    return tuple(Outcome(**row) for row in json.loads(text))

@@ -13,8 +13,8 @@ from . import adapter
 from .quiet import quiet
 from .rotary import settle_longrope
 
-# Matrices get this much over the square root of their width, so that activations keep their scale and attention
-# scores spread far enough for a lost soft cap or scale to show; vectors get an absolute share.
+# Matrices get this much over the square root of their width, so that activations keep their scale and
+# attention scores spread far enough for a lost soft cap or scale to show; vectors get an absolute share.
 _MATRIX_NOISE, _VECTOR_NOISE = 1.2, 0.2
 
 

@@ -8,7 +8,7 @@ import torch
 from llmc.compiler.hf.adapter import config_of
 from llmc.compiler.selfcheck import TOLERANCE, self_check
 from llmc.compiler.trace import trace_config
-from llmc.models.families import FAMILIES, family_named
+from llmc.models.families import FAMILIES, family_named, swept_families
 from llmc.spec.errors import ModelError
 
 FAST = (
@@ -45,6 +45,15 @@ def check(name):
 def test_the_table_is_whole():
     assert len(FAMILIES) == len({family.name for family in FAMILIES}) == 68
     assert len(SUPPORTED) >= 56
+
+
+def test_the_recorded_sweep_is_of_this_table():
+    swept = swept_families()
+    assert [row.name for row in swept] == [family.name for family in FAMILIES]
+    for row, family in zip(swept, FAMILIES, strict=True):
+        assert row.code == family.refused
+        assert row.status == ("supported" if family.refused is None else "refused")
+        assert row.error is None or row.error <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", FAST)
