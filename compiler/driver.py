@@ -13,6 +13,7 @@ from ..artifact.folder import check_free_name
 from ..artifact.schema import MANIFEST
 from ..artifact.writer import ArtifactWriter
 from ..codegen.base import backend_for, default_target
+from ..ir.bands import one_thread
 from ..ir.program import Program
 from ..passes.base import PassContext
 from ..runtime.memory import available_memory_bytes
@@ -89,7 +90,7 @@ def _compile(request: CompileRequest, ledger: Ledger) -> CompileResult:
     bound = _bind(request, opened, ledger)
     context = _pass_context(request, bound)
     if request.verify == "numerics" and not request.dry_run:
-        with ledger.stage("check a small twin"):
+        with ledger.stage("check a small twin"), one_thread():
             self_check(opened.checkpoint.config, max_context=request.max_model_len)
             check_on_twin(opened.checkpoint.config, opened.pipeline, bound, context)
     with ledger.stage("run passes"):

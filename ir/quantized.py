@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..spec.quant import QuantScheme
-
-_BAND_VALUES = 1 << 19
+from .bands import map_bands
 
 
 class QTensor(NamedTuple):
@@ -57,11 +56,12 @@ def dequantize_rows(
     Works in bands of rows, so that a large table takes little more memory than its result.
     """
     out = torch.empty((codes.shape[0], in_features), dtype=dtype)
-    band = max(1, _BAND_VALUES // max(1, scheme.padded_in_features(in_features)))
-    for start in range(0, codes.shape[0], band):
-        rows = slice(start, start + band)
+
+    def fill(rows: slice) -> None:
         own_zeros = None if zeros is None else zeros[rows]
         out[rows] = _dequantize_band(codes[rows], scales[rows], own_zeros, scheme)[:, :in_features]
+
+    map_bands(fill, codes.shape[0], scheme.padded_in_features(in_features))
     return out
 
 

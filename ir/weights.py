@@ -6,9 +6,7 @@ Knows where bytes lie and how they are rearranged; knows no graph and holds no m
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,9 +16,9 @@ from torch import Tensor
 
 from ..spec.errors import InternalError, ModelError
 from ..spec.quant import QuantScheme
+from .bands import map_bands
 from .quantized import QTensor, quantize_rtn
 
-_BAND_VALUES = 1 << 19
 _READ_BYTES = 256 << 20
 
 
@@ -306,20 +304,9 @@ class Quantized:
 
 
 def quantize_in_bands(weight: Tensor, scheme: QuantScheme) -> QTensor:
-    """`quantize_rtn` of `weight[..., K]`, a few rows at a time: small bands stay in the caches of the
-    processor, and their float32 copies take no memory to speak of.
-
-    Each thread works on bands of its own, since sharing each of many short loops costs more than it gains.
-    """
+    """`quantize_rtn` of `weight[..., K]`, band by band, so that no float32 copy of it is ever made."""
     rows = weight.reshape(-1, weight.shape[-1])
-    size = max(1, _BAND_VALUES // max(1, rows.shape[1]))
-    parts = [rows[start : start + size] for start in range(0, rows.shape[0], size)]
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            bands = list(pool.map(partial(quantize_rtn, scheme=scheme), parts))
-    finally:
-        torch.set_num_threads(threads)
+    bands = map_bands(lambda band: quantize_rtn(rows[band], scheme), rows.shape[0], rows.shape[1])
     zeros = [band.zeros for band in bands if band.zeros is not None]
     return QTensor(
         torch.cat([band.codes for band in bands]),
