@@ -1,6 +1,6 @@
 """Seconds and peak memory of compiling checkpoints of real size with random weights, each in a new process.
 
-usage: real_sizes.py [--only NAME] [--quant PRESET] [--keep FOLDER]
+usage: real_sizes.py [--only NAME] [--quant PRESET] [--target T] [--keep FOLDER]
        real_sizes.py --only NAME --make FOLDER
 """
 
@@ -122,10 +122,10 @@ def random_tensor(key, shape, generator):
     return (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
 
 
-def measure(folder: Path, quant: str, out: Path) -> dict[str, object]:
+def measure(folder: Path, quant: str, target: str, out: Path) -> dict[str, object]:
     """Compile in a fresh process: its own report, wall seconds and peak resident size."""
     command = [sys.executable, "-m", "llmc.cli", "compile", str(folder), "--quant", quant]
-    command += ["-o", str(out), "--json", "--force"]
+    command += ["--target", target, "-o", str(out), "--json", "--force"]
     started, before = time.monotonic(), os.times()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     seconds, after = time.monotonic() - started, os.times()
@@ -146,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=CONFIGS)
     parser.add_argument("--quant", default="int4")
+    parser.add_argument("--target", default="reference")
     parser.add_argument("--keep", type=Path, help="make checkpoints here and leave them")
     parser.add_argument("--make", type=Path, help="make the checkpoint of --only there, and no more")
     arguments = parser.parse_args()
@@ -153,7 +154,7 @@ def main() -> None:
         make_checkpoint(arguments.only, arguments.make)
         return
     record = Record("compile_real_sizes")
-    results: dict[str, object] = {"quant": arguments.quant}
+    results: dict[str, object] = {"quant": arguments.quant, "target": arguments.target}
     with tempfile.TemporaryDirectory() as temporary:
         root = arguments.keep or Path(temporary)
         for name in [arguments.only] if arguments.only else CONFIGS:
@@ -163,7 +164,7 @@ def main() -> None:
                 script = [sys.executable, __file__, "--only", name, "--make", str(folder)]
                 subprocess.run(script, check=True)
             out = Path(temporary) / f"{name}.llmc"
-            results[name] = found = measure(folder, arguments.quant, out)
+            results[name] = found = measure(folder, arguments.quant, arguments.target, out)
             times = f"{found['wall_s']} s, {found['processor_s']} s of processor"
             print(f"{name}: {times}, peak {found['peak_rss_bytes'] / 2**30:.2f} GiB")
             shutil.rmtree(out)
