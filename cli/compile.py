@@ -46,7 +46,8 @@ def compile_command(output: Output, model: str, path: Path | None, **options: An
 
 
 def _summary(result: CompileResult) -> str:
-    size = f"{human_bytes(result.size_bytes)}, {result.bits_per_weight:.2f} bits a weight"
+    bound = "at most " if result.dry_run else ""
+    size = f"{bound}{human_bytes(result.size_bytes)}, {result.bits_per_weight:.2f} bits a weight"
     lines = [("size", size), ("recipe", result.recipe), ("target", result.target)]
     if result.quality is not None:
         lines.append(("quality", result.quality.sentence()))

@@ -31,11 +31,32 @@ def examine() -> list[Finding]:
         Finding("disk", True, f"{human_bytes(shutil.disk_usage('.').free)} free here"),
         *compiling,
         Finding("compile models", ready, "ready" if ready else "pip install 'llmc-compiler[compile]'"),
+        *_cpu_target(),
         Finding(
             "run target reference",
             compiling[0].ok,
             "ready" if compiling[0].ok else "its executor interprets programs with torch",
         ),
+    ]
+
+
+def _cpu_target() -> list[Finding]:
+    """Whether code can be generated for this processor, and at which level it runs."""
+    from ..kernels.levels import LEVELS, missing_features
+    from ..runtime.executors.cpu import processor_features
+
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    features = processor_features()
+    best = [level for level in LEVELS if not missing_features(level, features)][-1]
+    better = LEVELS[LEVELS.index(best) + 1 :]
+    why = f"; {better[0].name} needs {', '.join(missing_features(better[0], features))}" if better else ""
+    return [
+        Finding(
+            "compile for target cpu",
+            compiler is not None,
+            f"with {compiler}" if compiler else "no C++ compiler: `apt install g++`, or --target reference",
+        ),
+        Finding("run target cpu", True, f"at level {best.name}{why}"),
     ]
 
 

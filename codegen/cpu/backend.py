@@ -25,7 +25,8 @@ from .packed import unpacked
 from .source import ABI_VERSION, MAX_THREADS, Source, generate
 from .toolchain import compile_library, find_compiler
 
-_BESIDE_WEIGHTS_BYTES = 128 * 2**20
+# Libraries, programs, the source and small weights in their plain form.
+_BESIDE_WEIGHTS_BYTES = 32 * 2**20
 # One step's bounds, fixed when the code is generated: what the arena is sized for.
 MAX_TOKENS = 512
 MAX_LOGIT_ROWS = 64
