@@ -16,6 +16,7 @@ from ..codegen.base import backend_for, default_target
 from ..ir.bands import one_thread
 from ..ir.program import Program
 from ..passes.base import PassContext
+from ..passes.bits import bits_per_weight
 from ..runtime.memory import available_memory_bytes
 from .bind import bind_checkpoint
 from .checkpoint import Checkpoint, open_checkpoint, parse_dtype
@@ -24,7 +25,6 @@ from .ledger import Ledger, Progress, Silent
 from .pipeline import Compiled, Pipeline, check_on_twin, choose_pipeline, run_pipeline
 from .preflight import check_memory, compile_bytes, fit
 from .quality import Quality
-from .report import bits_per_weight
 from .request import CompileRequest
 from .result import CompileResult
 from .selfcheck import self_check

@@ -9,12 +9,8 @@ from typing import Any
 import msgspec
 
 from ..ir.program import Program
+from ..passes.bits import bits_per_weight
 from .quality import Quality
-
-
-def bits_per_weight(program: Program) -> float:
-    """Stored bits of all weights of `program` over the model's parameters."""
-    return 8 * program.weights.total_bytes / max(1, program.spec.num_parameters)
 
 
 def report_data(program: Program, *, recipe: str, verify: str, quality: Quality) -> dict[str, Any]:
