@@ -83,8 +83,7 @@ def test_working_in_bands_changes_nothing(monkeypatch, scheme):
     weight, scheme = torch.randn(50, 40), parse_scheme(scheme)
     whole = quantize_rtn(weight, scheme)
     values = dequantize_rows(*whole, scheme, 40)
-    monkeypatch.setattr("llmc.ir.weights._BAND_VALUES", 7 * 40)
-    monkeypatch.setattr("llmc.ir.quantized._BAND_VALUES", 7 * 64)
+    monkeypatch.setattr("llmc.ir.bands.BAND_VALUES", 7 * 40)
     for part, expected in zip(("codes", "scales", "zeros"), whole, strict=True):
         if expected is not None:
             found = Quantized(Constant(weight), scheme, part).evaluate(Reader())
