@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..ir.program import Program
-from .arena import Buffer
+from ..spec.arena import Buffer
 
 
 def buffers_of(program: Program, sizes: Mapping[str, int]) -> tuple[Buffer, ...]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ir.program import Program
+from ..spec.arena import arena_bytes, live_bytes, place
 from ..spec.cache import CacheLayout
 from ..spec.history import Decision
 from ..spec.plans import MemoryPlan
-from .arena import arena_bytes, live_bytes, place
 from .base import (
     PAGED,
     PLANNED,

@@ -13,9 +13,9 @@ from torch import fx
 
 from ...ir.paged import block_table_name, k_cache_name, slots_name, v_cache_name
 from ...ir.program import Program
+from ...spec.arena import Buffer, arena_bytes, place
 from ...spec.cache import CacheLayout
 from ...spec.errors import TargetError
-from .arena import plan_arena
 from .emitter import Emitter
 from .lower.table import lowering_of
 from .matrix import Slot
@@ -54,12 +54,18 @@ def generate(program: Program, *, max_tokens: int, max_logit_rows: int) -> Sourc
     buffers = {name: size for name, size in emitter.unit.buffers.items() if name != result}
     spans = emitter.unit.lifetimes()
     sizes = {name: int(size.subs(table)) for name, size in buffers.items() if name in spans}
-    offsets, arena_bytes = plan_arena(sizes, spans)
+    slots = place(
+        [
+            Buffer(value=name, size_bytes=size, first=spans[name][0], last=spans[name][1])
+            for name, size in sizes.items()
+        ]
+    )
+    offsets = {slot.value: slot.offset_bytes for slot in slots}
     text = _unit_text(program, emitter.unit, offsets, sizes, result, len(emitter.slots.slots))
     return Source(
         text=text,
         weight_slots=tuple(emitter.slots.slots.values()),
-        arena_bytes=arena_bytes,
+        arena_bytes=arena_bytes(slots),
         max_tokens=max_tokens,
         max_logit_rows=max_logit_rows,
         num_calls=len(emitter.unit.calls),

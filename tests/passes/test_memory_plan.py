@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from llmc.ir.interpret import interpret
 from llmc.ir.paged import PagedSequence, allocate_caches, scatter_pages, step_inputs
-from llmc.passes.arena import ALIGNMENT_BYTES, Buffer, arena_bytes, live_bytes, place
 from llmc.passes.base import PassContext
 from llmc.passes.instruments import Verification
 from llmc.passes.kv_layout import KvLayout
 from llmc.passes.manager import run_passes
 from llmc.passes.memory_plan import PlanMemory
 from llmc.passes.paged_attention import PagedAttention
+from llmc.spec.arena import ALIGNMENT_BYTES, Buffer, arena_bytes, live_bytes, place
 
 
 @st.composite

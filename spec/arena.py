@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..spec.plans import BufferSlot
+from .plans import BufferSlot
 
 ALIGNMENT_BYTES = 64
 
