@@ -11,7 +11,7 @@ from .fuse_rope_cache import FuseRopeCache
 from .kv_layout import KvLayout
 from .memory_plan import PlanMemory
 from .paged_attention import PagedAttention
-from .rtn import Rtn
+from .quantize.rtn import Rtn
 
 
 def canonicalise() -> tuple[Pass, ...]:

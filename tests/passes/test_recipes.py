@@ -19,6 +19,7 @@ from llmc.passes.options import build_pass, check_value, closest, parse_value
 from llmc.passes.paged_attention import PagedAttention
 from llmc.passes.pipeline import BUILT_IN
 from llmc.passes.presets import PRESETS
+from llmc.passes.quantize.rtn import Rtn
 from llmc.passes.recipes import (
     Recipe,
     check_recipe,
@@ -29,7 +30,6 @@ from llmc.passes.recipes import (
     recipe_for,
     to_yaml,
 )
-from llmc.passes.rtn import Rtn
 from llmc.spec.errors import RecipeError
 
 
@@ -256,7 +256,7 @@ def test_plugins_are_found_by_entry_point(monkeypatch):
     ("value", "why"),
     [
         ("no_such_module:Pass", "No module named 'no_such_module'"),
-        ("llmc.passes.rtn:Rtm", "has no attribute 'Rtm'"),
+        ("llmc.passes.quantize.rtn:Rtm", "has no attribute 'Rtm'"),
         ("llmc.passes.base:PassContext", "it has no 'name'"),
     ],
 )
@@ -269,7 +269,7 @@ def test_plugins_that_cannot_be_used_are_errors(monkeypatch, value, why):
 
 def test_a_plugin_cannot_take_a_name(monkeypatch):
     with_entry_points(monkeypatch, taken=module_value(monkeypatch, "Taken"))
-    with pytest.raises(RecipeError, match=r"'rtn' is taken by llmc\.passes\.rtn"):
+    with pytest.raises(RecipeError, match=r"'rtn' is taken by llmc\.passes\.quantize\.rtn"):
         registry.known_passes()
 
 

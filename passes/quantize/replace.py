@@ -10,12 +10,12 @@ from enum import Enum
 import torch
 from torch import fx
 
-from ..ir.program import Program
-from ..ir.weights import Expr, Quantized
-from ..spec.quant import QuantScheme
-from .fuse_linears import LINEAR, nearest_linears
-from .graph import argument, calls, is_call, read_weight, weight_nodes
-from .rewrite import insert
+from ...ir.program import Program
+from ...ir.weights import Expr, Quantized
+from ...spec.quant import QuantScheme
+from ..fuse_linears import LINEAR, nearest_linears
+from ..graph import argument, calls, is_call, read_weight, weight_nodes
+from ..rewrite import insert
 
 EMBEDDING = torch.ops.llmc.embedding.default
 MOE = torch.ops.llmc.moe.default

@@ -16,12 +16,12 @@ from typing import ClassVar, NamedTuple
 
 from torch import fx
 
-from ..ir.program import Program
-from ..ir.weights import Expr
-from ..spec.errors import RecipeError
-from ..spec.history import Decision
-from ..spec.quant import QuantScheme
-from .base import (
+from ...ir.program import Program
+from ...ir.weights import Expr
+from ...spec.errors import RecipeError
+from ...spec.history import Decision
+from ...spec.quant import QuantScheme
+from ..base import (
     CANONICAL,
     QUANTIZED,
     Contract,
@@ -33,9 +33,9 @@ from .base import (
     expect_option,
     option,
 )
-from .bits import num_parameters
-from .graph import argument, calls, erase_dead, weight_nodes
-from .quantize_weight import MOE, Role, quantize_experts, quantize_matrix, weight_roles
+from ..bits import num_parameters
+from ..graph import argument, calls, erase_dead, weight_nodes
+from .replace import MOE, Role, quantize_experts, quantize_matrix, weight_roles
 
 _BITS = (3, 4, 8)
 

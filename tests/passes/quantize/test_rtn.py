@@ -16,7 +16,7 @@ from llmc.passes.graph import argument, calls
 from llmc.passes.instruments import NumericContract, Verification
 from llmc.passes.manager import run_passes
 from llmc.passes.probe import logits_of, probe_sequences
-from llmc.passes.rtn import Rtn
+from llmc.passes.quantize.rtn import Rtn
 from llmc.spec.errors import RecipeError
 from llmc.spec.quant import parse_scheme
 
