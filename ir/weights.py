@@ -5,7 +5,7 @@ Knows where bytes lie and how they are rearranged; knows no graph and holds no m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -22,14 +22,26 @@ from .quantized import QTensor, quantize_rtn
 _READ_BYTES = 256 << 20
 
 
+class TensorCache(Protocol):
+    """Remembers tensors that are expensive to compute, from one compile to the next."""
+
+    def recall(
+        self, inputs: tuple[object, ...], label: str, compute: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """The tensors that `compute` makes of `inputs` (expressions, tensors, options: all it depends on but
+        code), computed or as they were; `label` says in words what they are."""
+        ...
+
+
 class Reader:
-    """Open safetensors files, mapped on first use.
+    """Open safetensors files, mapped on first use, and what was computed before from what they hold.
 
     What was read through a mapping stays resident with it, so all are given up after `_READ_BYTES`: reading
     a checkpoint from end to end takes no more memory than that and the tensors still in use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cache: TensorCache | None = None) -> None:
+        self._cache = cache
         self._files: dict[str, safe_open] = {}
         self._num_bytes = 0
         self._quantized: tuple[Expr, QuantScheme, QTensor] | None = None
@@ -50,8 +62,23 @@ class Reader:
         last = self._quantized
         if last is None or last[0] is not of or last[1] != scheme:
             self._quantized = None
-            self._quantized = last = (of, scheme, quantize_in_bands(of.evaluate(self), scheme))
+            self._quantized = last = (of, scheme, self._rounded(of, scheme))
         return last[2]
+
+    def recall(
+        self, inputs: tuple[object, ...], label: str, compute: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """`TensorCache.recall` of this reader's cache; computed where it has none."""
+        return compute() if self._cache is None else self._cache.recall(inputs, label, compute)
+
+    def _rounded(self, of: Expr, scheme: QuantScheme) -> QTensor:
+        def compute() -> dict[str, Tensor]:
+            rounded = quantize_in_bands(of.evaluate(self), scheme)
+            return {name: part for name, part in rounded._asdict().items() if part is not None}
+
+        label = f"{scheme.name} codes of {'x'.join(map(str, of.shape))}"
+        parts = self.recall(("rounded to nearest", of, scheme), label, compute)
+        return QTensor(parts["codes"], parts["scales"], parts.get("zeros"))
 
     def close(self) -> None:
         """Unmap everything but what is still in use."""
