@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ..spec.errors import RequestError
 from .protocol import SamplingState
+from .structured import StructuredOutput
 
 MAX_STOP_STRINGS = 64
 MAX_LOGPROBS = 100
@@ -26,7 +27,8 @@ class SamplingParams:
     request. `n` independent completions: the first uses `seed` itself. `logprobs` is the number of top
     alternatives returned with each token, None for no logprobs. `stop` strings and `stop_token_ids` end
     the text and do not appear in it; the end tokens of the model do the same unless `ignore_eos`; none
-    of them can come before `min_tokens` (for stop strings: none is looked for).
+    of them can come before `min_tokens` (for stop strings: none is looked for). `structured` is the form
+    the text must have; a text that has it and can go no further ends, `min_tokens` or not.
     """
 
     max_tokens: int | None = None
@@ -47,6 +49,7 @@ class SamplingParams:
     min_tokens: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -80,6 +83,8 @@ class SamplingParams:
         for name in ("prompt_logprobs", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise _out_of_range(name, getattr(self, name), "true or false")
+        if not isinstance(self.structured, StructuredOutput | None):
+            raise _out_of_range("structured", self.structured, "a StructuredOutput, or None")
 
     def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
