@@ -68,6 +68,8 @@ def layout_of(scheme: QuantScheme) -> Layout:
             "Its kernels read float16 scales.",
             "Quantise with float16 scales.",
         )
+    if scheme.code_type != "int":
+        raise _no_layout(scheme, "its kernels read integer codes")
     if scheme.bits > 8:
         raise _no_layout(scheme, "its kernels read codes of at most 8 bits")
     for group in GROUPS:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...spec.quant import parse_scheme
 from ..quantized import dequantize_rows
+from ..rounded import rounded_input
 from .registration import operator
 
 ROW_TILE = 32
@@ -43,21 +44,38 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @operator("llmc::quantized_linear")
 def quantized_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, scheme: str
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    activation: str = "",
+    activation_scale: Tensor | None = None,
 ) -> Tensor:
     """`linear` with the weight given as codes of `scheme` (see `ir.quantized` for their packing).
 
-    The weight is dequantised to x's dtype before the product: K is `x.shape[-1]`, and codes beyond
-    it are padding.
+    K is `x.shape[-1]`, and codes beyond it are padding. Without `activation` the weight is dequantised to
+    x's dtype before the product. With one (`spec.quant.ActivationScheme`), x is rounded to its codes, by row
+    and group, and the product is computed in float32 and rounded to x's dtype once; `activation_scale`, one
+    float32, is the stored scale of a static scheme.
     """
-    weight = dequantize_rows(codes, scales, zeros, parse_scheme(scheme), x.shape[-1], x.dtype)
-    out = tiled_linear(x, weight)
-    return out if bias is None else out + bias
+    rows = rounded_input(x, activation, activation_scale)
+    weight = dequantize_rows(codes, scales, zeros, parse_scheme(scheme), x.shape[-1], rows.dtype)
+    out = tiled_linear(rows, weight)
+    return (out if bias is None else out + bias).to(x.dtype)
 
 
 @quantized_linear.register_fake
 def _(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, scheme: str
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    activation: str = "",
+    activation_scale: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 

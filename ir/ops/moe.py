@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...spec.quant import parse_scheme
 from ..quantized import dequantize_rows
+from ..rounded import rounded_input
 from .activation import ACTIVATIONS
 from .linear import tiled_linear
 from .registration import operator
@@ -29,8 +30,9 @@ def _expert(
     interleaved: bool,
     alpha: float,
     limit: float,
+    activation_scheme: str,
 ) -> Tensor:
-    hidden = tiled_linear(x, gate_up)
+    hidden = tiled_linear(rounded_input(x, activation_scheme), gate_up)
     if bias is not None:
         hidden = hidden + bias
     if activation.startswith("plain:"):
@@ -56,6 +58,7 @@ def _mixture(
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     settings: tuple[str, bool, float, float],
+    activation_scheme: str = "",
 ) -> Tensor:
     out_f32 = x.new_zeros(x.shape, dtype=torch.float32)
     for choice in range(expert_ids.shape[1]):
@@ -63,8 +66,8 @@ def _mixture(
             rows = (expert_ids[:, choice] == expert).nonzero()[:, 0]
             gate_up, down = experts(expert)
             bias = None if gate_up_bias is None else gate_up_bias[expert]
-            hidden = _expert(x[rows], gate_up, bias, *settings)
-            result = tiled_linear(hidden, down)
+            hidden = _expert(x[rows], gate_up, bias, *settings, activation_scheme)
+            result = tiled_linear(rounded_input(hidden, activation_scheme), down)
             if down_bias is not None:
                 result = result + down_bias[expert]
             out_f32[rows] += result.float() * expert_weights[rows, choice, None].float()
@@ -137,9 +140,13 @@ def quantized_moe(
     limit: float,
     gate_up_scheme: str,
     down_scheme: str,
+    activation_scheme: str = "",
 ) -> Tensor:
     """`moe` with the experts given as codes: `gate_up[E, 2F, D]` and `down[E, D, F]`, each expert quantised
     along its last dimension and packed as `ir.quantized` says. Experts are dequantised to x's dtype.
+
+    With an `activation_scheme` (a dynamic one of `spec.quant.ActivationScheme`) both products take rounded
+    rows, and all is computed in float32 but for the result.
     """
     columns = 1 if activation.startswith("plain:") else 2
     inner = gate_up_codes.shape[1] // columns
@@ -149,10 +156,12 @@ def quantized_moe(
             (gate_up_codes, gate_up_scales, gate_up_zeros), expert, gate_up_scheme, x.shape[-1]
         )
         down = _dequantized((down_codes, down_scales, down_zeros), expert, down_scheme, inner)
-        return gate_up.to(x.dtype), down.to(x.dtype)
+        dtype = torch.float32 if activation_scheme else x.dtype
+        return gate_up.to(dtype), down.to(dtype)
 
     settings = (activation, interleaved, alpha, limit)
-    return _mixture(x, expert_ids, expert_weights, experts, gate_up_bias, down_bias, settings)
+    biases = (gate_up_bias, down_bias)
+    return _mixture(x, expert_ids, expert_weights, experts, *biases, settings, activation_scheme)
 
 
 def _dequantized(
@@ -182,5 +191,6 @@ def _(
     limit: float,
     gate_up_scheme: str,
     down_scheme: str,
+    activation_scheme: str = "",
 ) -> Tensor:
     return x.new_empty(x.shape)

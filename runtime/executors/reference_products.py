@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.quantized import dequantize_rows
+from ...ir.rounded import rounded_input
 from ...spec.quant import parse_scheme
 
 # Below this many weights a product is done before other threads have woken up.
@@ -35,13 +36,22 @@ class Products:
         return self._threaded(weight.numel(), torch.ops.llmc.linear.default, x, weight, bias)
 
     def quantized_linear(
-        self, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, scheme: str
+        self,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+        scheme: str,
+        activation: str = "",
+        activation_scale: Tensor | None = None,
     ) -> Tensor:
         """`linear` with the weight of `scheme`, from memory where it was kept."""
-        weight = self._kept(codes, scales, zeros, scheme, x.shape[-1], x.dtype)
+        rows = rounded_input(x, activation, activation_scale)
+        weight = self._kept(codes, scales, zeros, scheme, x.shape[-1], rows.dtype)
         if weight is None:
-            weight = self._dequantized(codes, scales, zeros, scheme, x.shape[-1], x.dtype)
-        return self.linear(x, weight, bias)
+            weight = self._dequantized(codes, scales, zeros, scheme, x.shape[-1], rows.dtype)
+        return self.linear(rows, weight, bias).to(x.dtype)
 
     def quantized_moe(
         self,
@@ -62,17 +72,20 @@ class Products:
         limit: float,
         gate_up_scheme: str,
         down_scheme: str,
+        activation_scheme: str = "",
     ) -> Tensor:
         """`llmc.moe` over experts from memory, or `llmc.quantized_moe`, which dequantises those it needs."""
         inner = gate_up_codes.shape[1] // (1 if activation.startswith("plain:") else 2)
         gate_up_parts = (gate_up_codes, gate_up_scales, gate_up_zeros)
         down_parts = (down_codes, down_scales, down_zeros)
-        gate_up = self._kept(*gate_up_parts, gate_up_scheme, x.shape[-1], x.dtype)
-        down = self._kept(*down_parts, down_scheme, inner, x.dtype)
+        gate_up = down = None
+        if not activation_scheme:  # the operator without codes rounds no activations
+            gate_up = self._kept(*gate_up_parts, gate_up_scheme, x.shape[-1], x.dtype)
+            down = self._kept(*down_parts, down_scheme, inner, x.dtype)
         routed, biases = (x, expert_ids, expert_weights), (gate_up_bias, down_bias)
         settings = (activation, interleaved, alpha, limit)
         if gate_up is None or down is None:
-            schemes = (gate_up_scheme, down_scheme)
+            schemes = (gate_up_scheme, down_scheme, activation_scheme)
             operator = torch.ops.llmc.quantized_moe.default
             return operator(*routed, *gate_up_parts, *down_parts, *biases, *settings, *schemes)
         return torch.ops.llmc.moe.default(*routed, gate_up, down, *biases, *settings)

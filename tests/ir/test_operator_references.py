@@ -274,7 +274,7 @@ def samples():
         "add_rms_norm": (x, x, norm, 1e-5, 0.0, "cast_then_scale"),
         "add_layer_norm": (x, x, norm, None, 1e-5, 0.0, "cast_then_scale"),
         "linear": (x, weight, None),
-        "quantized_linear": (x, *parts, None, "int4_channel"),
+        "quantized_linear": (x, *parts, None, "int4_channel", "fp8_static", torch.tensor([0.1])),
         "embedding": (ids, weight),
         "quantized_embedding": (ids, *parts, "int4_channel", 16, "bfloat16"),
         "gather_rows": (x, ids),
@@ -299,6 +299,7 @@ def samples():
             0.0,
             "int8_channel",
             "int8_channel",
+            "int8_g32",
         ),
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 from torch import fx
 
+from ....kernels.packing import layout_of
 from ....spec.errors import TargetError
 from ....spec.quant import parse_scheme
 from ..emitter import Emitter, Lowering
@@ -70,9 +71,22 @@ def _codes(args: Sequence[Any], scheme_name: str, width: int) -> CodeMatrix | Co
     assert codes is not None
     assert scales is not None
     shape = args[0].meta["val"].shape
+    if scheme.code_type != "int" or scheme.scale_dtype != "float16":
+        layout_of(scheme)  # raises, and says why
     if len(shape) == 2 and scheme.group_size % 32 == 0:
         return CodeMatrix(codes, scales, zeros, int(shape[0]), width, scheme)
     return CodeExperts(codes, scales, zeros, width, int(shape[-1]), scheme)
+
+
+def _refuse_activation(name: str) -> None:
+    """This target chooses how it rounds activations itself."""
+    if name:
+        raise TargetError(
+            "cpu.activation_scheme",
+            f"The program asks for activations rounded as {name}.",
+            "The CPU target rounds activations by its own number of limbs.",
+            "Leave the activation scheme out, or compile with --target reference.",
+        )
 
 
 def _dense(emitter: Emitter, arg: Any, node: fx.Node) -> Value:
@@ -98,6 +112,7 @@ def _linear(emitter: Emitter, node: fx.Node) -> Value:
 def _quantized_linear(emitter: Emitter, node: fx.Node) -> Value:
     x, bias = _dense(emitter, node.args[0], node), _optional(emitter, node.args[4], node)
     matrix = _codes(node.args[1:4], str(node.args[5]), int(x.shape[-1]))
+    _refuse_activation(str(node.args[6]) if len(node.args) > 6 else "")
     out = emitter.output(node)
     if isinstance(matrix, CodeMatrix):
         return integer_product(emitter, node, matrix, out, x, bias)
@@ -281,6 +296,7 @@ def _moe(emitter: Emitter, node: fx.Node) -> Value:
 
 def _quantized_moe(emitter: Emitter, node: fx.Node) -> Value:
     args: list[Any] = list(node.args)
+    _refuse_activation(str(args[17]) if len(args) > 17 else "")
     width = int(args[0].meta["val"].shape[-1])
     hidden = int(args[3].meta["val"].shape[1])
     inner = hidden if str(args[11]).startswith("plain:") else hidden // 2
