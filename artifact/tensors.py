@@ -34,6 +34,7 @@ _DTYPES: dict[str, tuple[str, str]] = {
     "uint64": ("U64", "<u8"),
     "float8_e4m3fn": ("F8_E4M3", "u1"),
     "float8_e5m2": ("F8_E5M2", "u1"),
+    "float8_e8m0fnu": ("F8_E8M0", "u1"),
     "float16": ("F16", "<f2"),
     "bfloat16": ("BF16", "<u2"),
     "float32": ("F32", "<f4"),

@@ -14,13 +14,15 @@ BAND_VALUES = 1 << 19
 Result = TypeVar("Result")
 
 
-def map_bands(work: Callable[[slice], Result], num_rows: int, width: int) -> list[Result]:
-    """`work(rows)` for consecutive slices of `num_rows` rows of `width` values, in order.
+def map_bands(work: Callable[[slice], Result], num_rows: int, width: int, multiple: int = 1) -> list[Result]:
+    """`work(rows)` for consecutive slices of `num_rows` rows of `width` values, in order. Slices start at
+    multiples of `multiple` rows.
 
     As many bands run at once as torch has threads, each on one: sharing each of many short loops among
     threads costs more than it gains, and on a busy machine many times more.
     """
-    size = max(1, BAND_VALUES // max(1, width))
+    multiple = max(1, multiple)
+    size = max(1, BAND_VALUES // max(1, width) // multiple) * multiple
     bands = [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
     threads = torch.get_num_threads()
     if threads == 1 or len(bands) < 2:

@@ -5,10 +5,11 @@ Knows where bytes lie and how they are rearranged; knows no graph and holds no m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..spec.errors import InternalError, ModelError
 from ..spec.quant import QuantScheme
 from .bands import map_bands
-from .quantized import QTensor, quantize_rtn
+from .quantized import QTensor, part_dtype, part_shape, quantize_rtn
 
 _READ_BYTES = 256 << 20
 
@@ -309,19 +310,17 @@ class Quantized:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape in the portable packing."""
-        *rows, width = self.of.shape
-        if self.part != "codes":
-            return (*rows, self.scheme.num_groups(width))
-        stored = self.scheme.padded_in_features(width)
-        return (*rows, stored if self.scheme.bits == 8 else stored // 2)
+        return part_shape(self.of.shape, self.scheme, self.part)
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the part."""
-        if self.part == "scales":
-            return getattr(torch, self.scheme.scale_dtype)
-        signed = self.part == "codes" and self.scheme.bits == 8 and self.scheme.symmetric
-        return torch.int8 if signed else torch.uint8
+        return part_dtype(self.scheme, self.part)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights that the part stands for: all of them by their codes, none by scales and zero points."""
+        return math.prod(self.of.shape) if self.part == "codes" else 0
 
     def evaluate(self, reader: Reader) -> Tensor:
         """The part; its siblings, usually asked for next, are kept by `reader` until then."""
@@ -330,10 +329,28 @@ class Quantized:
         return part.reshape(self.shape)
 
 
+@runtime_checkable
+class Coded(Protocol):
+    """An expression that stands for another number of weights than it has elements."""
+
+    @property
+    def num_parameters(self) -> int: ...
+
+
 def quantize_in_bands(weight: Tensor, scheme: QuantScheme) -> QTensor:
-    """`quantize_rtn` of `weight[..., K]`, band by band, so that no float32 copy of it is ever made."""
-    rows = weight.reshape(-1, weight.shape[-1])
-    bands = map_bands(lambda band: quantize_rtn(rows[band], scheme), rows.shape[0], rows.shape[1])
+    """`quantize_rtn` of `weight[..., N, K]`, band by band, so that no float32 copy of it is ever made.
+
+    Leading dimensions of the result are flattened into rows.
+    """
+    matrices = (
+        weight.flatten(0, -3) if weight.dim() > 2 and scheme.block_rows else weight.flatten(0, -2)[None]
+    )
+
+    def solve(matrix: Tensor) -> list[QTensor]:
+        rows, width = matrix.shape
+        return map_bands(lambda band: quantize_rtn(matrix[band], scheme), rows, width, scheme.block_rows)
+
+    bands = [band for matrix in matrices for band in solve(matrix)]
     zeros = [band.zeros for band in bands if band.zeros is not None]
     return QTensor(
         torch.cat([band.codes for band in bands]),

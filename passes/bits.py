@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from ..ir.program import Program
-from ..ir.weights import Expr, Quantized
+from ..ir.weights import Coded, Expr
 
 
 def bits_per_weight(program: Program) -> float:
@@ -22,6 +22,4 @@ def bits_per_weight(program: Program) -> float:
 
 def num_parameters(expr: Expr) -> int:
     """Parameters that one stored tensor stands for; scales and zero points stand for none."""
-    if isinstance(expr, Quantized):
-        return prod(expr.of.shape) if expr.part == "codes" else 0
-    return prod(expr.shape)
+    return expr.num_parameters if isinstance(expr, Coded) else prod(expr.shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...spec.quant import parse_scheme
-from ..quantized import dequantize_rows
+from ..quantized import dequantize_rows, take_rows
 from ..rounded import rounded_input
 from .registration import operator
 
@@ -96,9 +96,7 @@ def quantized_embedding(
     ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: str, width: int, dtype: str
 ) -> Tensor:
     """Rows of a table `[V, width]` stored as codes of `scheme`, dequantised to `dtype`."""
-    parsed = parse_scheme(scheme)
-    flat = ids.reshape(-1)
-    rows = dequantize_rows(codes[flat], scales[flat], None if zeros is None else zeros[flat], parsed, width)
+    rows = take_rows(codes, scales, zeros, parse_scheme(scheme), ids.reshape(-1), width)
     return rows.to(getattr(torch, dtype)).reshape(*ids.shape, width)
 
 

@@ -135,8 +135,13 @@ class Products:
         dtype: torch.dtype,
     ) -> Tensor:
         """The dequantised `[..., width]` of `codes`."""
+        parsed = parse_scheme(scheme)
+        if codes.dim() > 2 and parsed.block_rows:  # blocks of rows end with each expert
+            none = [None] * codes.shape[0]
+            experts = zip(codes, scales, none if zeros is None else zeros, strict=True)
+            return torch.stack([self._dequantized(*expert, scheme, width, dtype) for expert in experts])
         rows = [None if part is None else part.flatten(0, -2) for part in (codes, scales, zeros)]
-        flat = self._threaded(codes.numel(), dequantize_rows, *rows, parse_scheme(scheme), width, dtype)
+        flat = self._threaded(codes.numel(), dequantize_rows, *rows, parsed, width, dtype)
         return flat.reshape(*codes.shape[:-1], width)
 
     def _threaded(self, size: int, function: Callable[..., Tensor], *args: Any) -> Tensor:

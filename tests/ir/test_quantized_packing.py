@@ -7,8 +7,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmc.ir.quantized import dequantize_rows, pack_codes, quantize_rtn, unpack_codes
-from llmc.spec.quant import QuantScheme, parse_scheme
+from llmc.ir.quantized import (
+    dequantize_rows,
+    pack_codes,
+    part_dtype,
+    part_shape,
+    quantize_rtn,
+    take_rows,
+    unpack_codes,
+)
+from llmc.ir.weights import quantize_in_bands
+from llmc.spec.quant import QuantScheme, codebook, parse_scheme
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
 
 schemes = st.builds(
     QuantScheme,
@@ -111,3 +125,79 @@ def test_values_beyond_the_scale_dtype_saturate_and_stay_finite():
     scheme = parse_scheme("int4_channel")
     found = quantize_rtn(torch.full((1, 4), 1e9), scheme)
     assert dequantize_rows(found.codes, found.scales, None, scheme, 4).isfinite().all()
+
+
+# -- floating-point codes, tables and blocks ----------------------------------------------------------
+
+OTHERS = ["fp8_channel", "fp8_g32_sbf16", "fp8_b16x32", "nf4_g32", "fp4_g32", "fp4_g32_se8m0", "int8_b16x32"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (16, 64), (37, 75), (3, 33)])
+def test_parts_have_the_shapes_and_dtypes_announced(name, rows, width):
+    scheme = parse_scheme(name)
+    found = quantize_rtn(randn(rows, width), scheme)
+    for part in ("codes", "scales"):
+        tensor = getattr(found, part)
+        assert tuple(tensor.shape) == part_shape((rows, width), scheme, part)
+        assert tensor.dtype == part_dtype(scheme, part)
+    again = pack_codes(unpack_codes(found.codes, scheme), scheme)
+    assert torch.equal(again.view(torch.uint8), found.codes.view(torch.uint8))
+
+
+def nearest(value, scheme):
+    """The value of a code type nearest to a scaled weight, by trying all."""
+    if scheme.code_type == "fp8":
+        values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+        values = values[values.isfinite()]
+    elif scheme.code_type == "int":
+        values = torch.arange(-128, 128).double()
+    else:
+        values = torch.tensor(codebook(scheme.code_type)).double()
+    return values[(values - value).abs().argmin()].item()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_codes_are_the_nearest_there_are(name):
+    scheme, rows, width = parse_scheme(name), 18, 40
+    weight = randn(rows, width) * 0.02
+    found = quantize_rtn(weight, scheme)
+    back = dequantize_rows(found.codes, found.scales, None, scheme, width)
+    size, height = scheme.group_size or width, scheme.block_rows or 1
+    for row in range(rows):
+        for column in range(width):
+            scale = found.scales[row // height, column // size].double().item()
+            scaled = weight[row, column].double().item() / scale
+            distance = abs(back[row, column].item() / scale - scaled)
+            assert distance <= abs(nearest(scaled, scheme) - scaled) + 1e-6 * (1 + abs(scaled))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_nothing_saturates_and_the_largest_value_is_kept(name):
+    scheme = parse_scheme(name)
+    weight = randn(32, 64) * 3
+    found = quantize_rtn(weight, scheme)
+    back = dequantize_rows(found.codes, found.scales, None, scheme, 64)
+    at = weight.abs().argmax()
+    allowed = 0.5 if "e8m0" in name else 0.005
+    assert abs(back.flatten()[at] / weight.flatten()[at] - 1) <= allowed
+    assert (back - weight).abs().max() <= 0.3 * weight.abs().max()
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "int4_g32_asym"])
+def test_rows_taken_one_by_one_are_those_of_the_whole(name):
+    scheme = parse_scheme(name)
+    found = quantize_rtn(randn(40, 70), scheme)
+    whole = dequantize_rows(*found, scheme, 70)
+    ids = torch.tensor([39, 0, 17, 17])
+    assert torch.equal(take_rows(*found, scheme, ids, 70), whole[ids])
+
+
+@pytest.mark.parametrize("name", ["fp8_b16x32", "int4_g32"])
+def test_stacked_matrices_are_quantised_one_by_one(name):
+    scheme = parse_scheme(name)
+    stack = randn(3, 40, 70)
+    whole = quantize_in_bands(stack, scheme)
+    for part in ("codes", "scales"):
+        apart = [getattr(quantize_rtn(matrix, scheme), part) for matrix in stack]
+        assert torch.equal(getattr(whole, part).float(), torch.cat(apart).float())
