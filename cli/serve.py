@@ -11,7 +11,7 @@ from .output import Output, with_output
 
 
 @click.command()
-@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ARTIFACT...")
+@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path), metavar="[ARTIFACT...]")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file with settings.")
 @click.option("--host", metavar="NAME", help="Address to listen on; the default is loopback only.")
 @click.option("--port", type=int, metavar="N", help="0 takes any free port.")
@@ -27,7 +27,8 @@ from .output import Output, with_output
 @click.option("--access-log", is_flag=True, default=None, help="Log every request.")
 @with_output
 def serve(output: Output, artifacts: tuple[Path, ...], config_file: Path | None, **options: Any) -> int:
-    """Serve each ARTIFACT under its name. Options win over the configuration file.
+    """Serve each ARTIFACT under its name, and the models that the configuration file lists. Options win over
+    the file.
 
     A first SIGTERM or Ctrl-C lets running requests finish, a second one ends at once.
     """

@@ -18,12 +18,9 @@ from ..spec.errors import TargetError, UsageError
 from .output import Output
 
 if TYPE_CHECKING:
-    from ..runtime.config import RuntimeConfig
-    from ..runtime.llm import LLM
     from ..runtime.load import StartLedger
     from ..runtime.server.config import ServerConfig
-
-_ENGINE_SETTINGS = ("max_requests", "max_model_len", "cache_bytes", "num_threads", "timeout_s")
+    from ..runtime.server.models import Opened
 
 
 def settings(config_file: Path | None, options: dict[str, Any]) -> ServerConfig:
@@ -53,9 +50,9 @@ def settings(config_file: Path | None, options: dict[str, Any]) -> ServerConfig:
 def serve_artifacts(output: Output, artifacts: Sequence[Path], config: ServerConfig) -> int:
     """Loads, serves until a signal comes, closes. The exit code."""
     try:
-        from ..runtime.server.channel import LocalChannel
         from ..runtime.server.keys import ApiKeys, read_keys
         from ..runtime.server.logs import set_up_logs
+        from ..runtime.server.models import open_model, with_artifacts
         from ..runtime.server.process import Server, listen
         from ..runtime.server.state import make_state
     except ModuleNotFoundError as error:
@@ -66,13 +63,16 @@ def serve_artifacts(output: Output, artifacts: Sequence[Path], config: ServerCon
     ledger = StartLedger()
     ledger.steps["python and imports"] = process_age_s()
     keys = read_keys(Path(config.api_keys)) if config.api_keys is not None else ApiKeys()
-    names = served_names(artifacts, config.served_name)
+    config = with_artifacts(config, artifacts)
+    names = [model.served_name for model in config.models]
     with contextlib.ExitStack() as stack:
         bound = listen(config)
         stack.callback(bound.close)
         ledger.mark("settings")
-        loaded = [stack.enter_context(_load(path, config, ledger)) for path in artifacts]
-        engines = [(name, LocalChannel(llm), llm.tokenizer) for name, llm in zip(names, loaded, strict=True)]
+        engines: list[Opened] = []
+        for model in config.models:
+            engines.append(open_model(model, config, ledger))
+            stack.callback(engines[-1].channel.close)
         state = make_state(config, engines, keys)
 
         def on_ready() -> None:
@@ -83,51 +83,6 @@ def serve_artifacts(output: Output, artifacts: Sequence[Path], config: ServerCon
         server.run()
     logging.getLogger("llmc.server").info("ended")
     return 0
-
-
-def served_names(artifacts: Sequence[Path], served_name: str | None) -> list[str]:
-    """What clients call each artifact: its folder's name without .llmc, or `served_name` for the only one.
-    UsageError for two of one name."""
-    if served_name is not None:
-        if len(artifacts) > 1:
-            raise UsageError(
-                "server.served_name",
-                f"One name was given for {len(artifacts)} artifacts.",
-                "Clients choose among several by their names.",
-                "Leave --served-name out, or serve one artifact.",
-            )
-        return [served_name]
-    names = [path.resolve().name.removesuffix(".llmc") for path in artifacts]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(
-                "server.served_name",
-                f"Two artifacts are called {name}.",
-                "Clients choose among several by their names.",
-                "Rename one of the folders.",
-            )
-    return names
-
-
-def runtime_config(config: ServerConfig) -> RuntimeConfig:
-    """The engine's part of the settings. The server admits; the engine's own queue need only be as long."""
-    from ..runtime.config import RuntimeConfig
-
-    given = {name: getattr(config, name) for name in _ENGINE_SETTINGS}
-    base = {name: value for name, value in given.items() if value is not None}
-    usual = RuntimeConfig()
-    max_requests = base.get("max_requests", usual.max_requests)
-    return RuntimeConfig(
-        **base,
-        max_waiting=config.max_waiting + max_requests,
-        max_step_tokens=max(usual.max_step_tokens, max_requests),
-    )
-
-
-def _load(path: Path, config: ServerConfig, ledger: StartLedger) -> LLM:
-    from ..runtime.load import load
-
-    return load(path, runtime_config(config), ledger=ledger)
 
 
 def _announce(

@@ -41,6 +41,7 @@ class EngineStats:
     num_failed_steps: int = 0
     num_preemptions: int = 0
     num_computed_tokens: int = 0
+    num_corrupted: int = 0
     num_generated_tokens: int = 0
     finished: dict[FinishReason, int] = field(default_factory=dict[FinishReason, int])
     drafted_at: list[int] = field(default_factory=list[int])
@@ -101,6 +102,11 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def num_preempted(self) -> int:
+        """Those waiting that have run before."""
+        return sum(entry.num_preemptions > 0 for entry in list(self._waiting.values()))
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 
@@ -125,7 +131,10 @@ class Engine:
         token_ids = list(request.prompt_token_ids)
         cached = self.blocks.lookup(token_ids).num_tokens
         self._waiting[request.request_id] = WaitingRequest(
-            request=request, token_ids=token_ids, num_uncached=len(token_ids) - cached
+            request=request,
+            token_ids=token_ids,
+            num_uncached=len(token_ids) - cached,
+            grammar=request.grammar.start() if request.grammar is not None else None,
         )
         if request.deadline_s is not None:
             heapq.heappush(self._deadlines, (request.deadline_s, request.request_id))
@@ -205,10 +214,7 @@ class Engine:
             if not request.num_pending and len(request.token_ids) - request.num_scheduled == 1
         ]
         drafts = self._proposer.propose(ready, self.config.draft_tokens)
-        return {
-            request: draft_ids[: request.request.max_tokens - request.num_generated - 1]
-            for request, draft_ids in drafts.items()
-        }
+        return {request: _usable(request, draft_ids) for request, draft_ids in drafts.items()}
 
     def _reserve(self, decision: Decision) -> Step:
         """Takes rows and pages for the decision. Cached prefixes are held before any page is handed out,
@@ -218,13 +224,16 @@ class Engine:
         for waiting, hit, num_tokens in decision.admissions:
             blocks = self.blocks.open(hit, len(waiting.token_ids))
             request = admit(waiting, heapq.heappop(self._rows), blocks, hit.num_tokens)
+            if request.admitted_s is None:
+                request.admitted_s = self._clock()
             del self._waiting[request.request.request_id]
             self._running[request.request.request_id] = request
             entered.append(request)
             end = hit.num_tokens + num_tokens
             chunks.append(Chunk(request, hit.num_tokens, num_tokens, (), end == len(request.token_ids)))
         diff = RowDiff(enter=tuple(map(row_entry, entered)), leave=tuple(self._leaving))
-        return Step(plan=build_plan(self._epoch + 1, chunks, self.blocks), diff=diff, chunks=chunks)
+        plan = build_plan(self._epoch + 1, chunks, self.blocks, self.limits.vocab_size)
+        return Step(plan=plan, diff=diff, chunks=chunks)
 
     def _commit_launch(self, step: Step, ticket: Ticket) -> None:
         self._epoch = step.plan.epoch
@@ -260,7 +269,11 @@ class Engine:
         if samples:
             request.num_pending -= 1
         if not row.finite:
-            self._end(request, FinishReason.ERROR, "The model produced logits that cannot be sampled.")
+            self.stats.num_corrupted += 1
+            error = request.grammar.error if request.grammar is not None else None
+            self._end(
+                request, FinishReason.ERROR, error or "The model produced logits that cannot be sampled."
+            )
             return
         if draft_ids:
             request.has_drafts_pending = False
@@ -280,6 +293,7 @@ class Engine:
                     logprobs=row.logprobs,
                     prompt_logprobs=prompt_logprobs,
                     num_cached_tokens=request.num_cached_tokens,
+                    admitted_s=request.admitted_s,
                 )
             )
 
@@ -289,9 +303,12 @@ class Engine:
         """Appends samples up to the first that ends the request: what was kept, and the reason."""
         spec = request.request
         left = spec.max_tokens - request.num_generated
+        grammar = request.grammar
         for index, token_id in enumerate(token_ids):
             request.token_ids.append(token_id)
-            if token_id in spec.stop_token_ids:
+            if grammar is not None:
+                grammar.accept(token_id)
+            if token_id in spec.stop_token_ids or (grammar is not None and grammar.is_over):
                 return token_ids[: index + 1], FinishReason.STOP
             if index + 1 == left:
                 return token_ids[: index + 1], FinishReason.LENGTH
@@ -356,6 +373,7 @@ class Engine:
                 logprobs=row.logprobs[: len(token_ids)] if row is not None else (),
                 prompt_logprobs=prompt_logprobs,
                 num_cached_tokens=entry.num_cached_tokens,
+                admitted_s=entry.admitted_s,
                 finished=finished,
             )
         )
@@ -381,6 +399,14 @@ class Engine:
         if self._leaving and not self._in_flight:
             self._executor.apply(RowDiff(leave=tuple(self._leaving)))
             self._leaving.clear()
+
+
+def _usable(request: RunningRequest, draft_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Drafts within the token limit, up to the first that the request's grammar does not allow."""
+    draft_ids = draft_ids[: request.request.max_tokens - request.num_generated - 1]
+    if request.grammar is not None:
+        return draft_ids[: request.grammar.count_allowed(draft_ids)]
+    return draft_ids
 
 
 def _make_proposer(config: RuntimeConfig, executor: Executor) -> Proposer | None:

@@ -12,7 +12,8 @@ from .request import FinishReason
 class StreamChunk:
     """News of completion number `index` of one request. Text may come later than its tokens, never before.
     `stop_reason` is the stop string or token id that ended it; `error` is one line for reason ERROR.
-    `num_cached_tokens` of the prompt came from the prefix cache; `time_s` is the engine's clock."""
+    `num_cached_tokens` of the prompt came from the prefix cache; `time_s` is the engine's clock, and so is
+    `admitted_s`, when it left the queue for the first time."""
 
     request_id: str
     index: int = 0
@@ -24,6 +25,7 @@ class StreamChunk:
     stop_reason: str | int | None = None
     error: str | None = None
     num_cached_tokens: int = 0
+    admitted_s: float | None = None
     time_s: float = 0.0
 
 

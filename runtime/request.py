@@ -10,6 +10,7 @@ import msgspec
 
 from ..spec.errors import InternalError
 from .blocks import SequenceBlocks
+from .grammar import Grammar, GrammarState
 from .protocol import SamplingState, TokenLogprob
 
 
@@ -63,7 +64,7 @@ class Request:
 
     At most `max_tokens` tokens are generated; one of `stop_token_ids` ends it earlier, once `min_tokens`
     (of `sampling`) are there. A lower `priority` runs first where the order looks at it. `key` names the
-    client.
+    client. `grammar` is the form the answer must have, None for any.
     """
 
     request_id: int
@@ -76,6 +77,7 @@ class Request:
     priority: int = 0
     prompt_logprobs: bool = False
     key: str = ""
+    grammar: Grammar | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -85,7 +87,7 @@ class Request:
 @dataclass(slots=True, eq=False, kw_only=True)
 class WaitingRequest:
     """Queued, new or preempted. `token_ids` are the prompt and what was generated before a preemption;
-    `num_uncached` estimates what admission would have to compute."""
+    `num_uncached` estimates what admission would have to compute; `admitted_s` is when it first ran."""
 
     request: Request
     token_ids: list[int]
@@ -93,6 +95,8 @@ class WaitingRequest:
     num_prompt_logprobs: int = 0
     num_preemptions: int = 0
     num_cached_tokens: int = 0
+    admitted_s: float | None = None
+    grammar: GrammarState | None = None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -116,6 +120,8 @@ class RunningRequest:
     is_live: bool = True
     num_preemptions: int = 0
     num_cached_tokens: int = 0
+    admitted_s: float | None = None
+    grammar: GrammarState | None = None
 
     @property
     def num_generated(self) -> int:
@@ -136,13 +142,15 @@ class FinishedRequest:
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """What one engine step has for one request: new tokens, and the ending when it came."""
+    """What one engine step has for one request: new tokens, and the ending when it came. `admitted_s` is
+    when it first left the queue."""
 
     request_id: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    admitted_s: float | None = None
     finished: FinishedRequest | None = None
 
 
@@ -178,6 +186,8 @@ def admit(waiting: WaitingRequest, row: int, blocks: SequenceBlocks, num_cached:
         num_prompt_logprobs=waiting.num_prompt_logprobs,
         num_preemptions=waiting.num_preemptions,
         num_cached_tokens=num_cached if waiting.num_preemptions == 0 else waiting.num_cached_tokens,
+        admitted_s=waiting.admitted_s,
+        grammar=waiting.grammar,
     )
 
 
@@ -192,6 +202,8 @@ def preempt(running: RunningRequest) -> WaitingRequest:
         num_prompt_logprobs=running.num_prompt_logprobs,
         num_preemptions=running.num_preemptions + 1,
         num_cached_tokens=running.num_cached_tokens,
+        admitted_s=running.admitted_s,
+        grammar=running.grammar,
     )
 
 

@@ -108,8 +108,8 @@ class Session:
             text += rest
             if matched_late is not None:
                 reason, stop_reason = FinishReason.STOP, matched_late
-            elif reason is FinishReason.STOP and token_ids:
-                stop_reason = token_ids[-1]
+            elif reason is FinishReason.STOP and completion.request.stop_token_ids.issuperset(token_ids[-1:]):
+                stop_reason = token_ids[-1] if token_ids else None
         completion.is_open = reason is None
         if text or token_ids or output.prompt_logprobs or reason is not None:
             self._sink(
@@ -124,6 +124,7 @@ class Session:
                     stop_reason=stop_reason,
                     error=finished.error if finished is not None else None,
                     num_cached_tokens=output.num_cached_tokens,
+                    admitted_s=output.admitted_s,
                     time_s=self._clock(),
                 )
             )

@@ -81,11 +81,13 @@ class LocalChannel:
         return EngineSnapshot(
             num_running=engine.num_running,
             num_waiting=engine.num_waiting,
+            num_preempted=engine.num_preempted,
             kv_usage=max((1.0 - free / total for free, total in shares if total), default=0.0),
             num_steps=stats.num_steps,
             num_failed_steps=stats.num_failed_steps,
             num_preemptions=stats.num_preemptions,
             num_computed_tokens=stats.num_computed_tokens,
+            num_corrupted=stats.num_corrupted,
             drafted_at=tuple(stats.drafted_at),
             accepted_at=tuple(stats.accepted_at),
             failure=None if failure is None else f"{type(failure).__name__}: {failure}",

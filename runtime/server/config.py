@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -11,6 +12,36 @@ from ...spec.errors import UsageError
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One artifact to serve under `name` (its folder's name where None) and `aliases`.
+
+    When it cannot take a request because the server is full (`overload`), or because prompt and output do
+    not fit its context (`long_prompt`), the model called `fallback` answers, and says so in `model` of the
+    answer. `channel` is where its engine runs: in this process (`local`), in a child (`process`), or `auto`,
+    a child where a device fault can end the process. `tool_format` and `reasoning_format` say how the model
+    writes tool calls and thoughts; `auto` reads its chat template. Settings that are None are the server's.
+    """
+
+    artifact: str
+    name: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    aliases: tuple[Annotated[str, msgspec.Meta(min_length=1)], ...] = ()
+    fallback: str | None = None
+    fallback_on: tuple[Literal["overload", "long_prompt"], ...] = ("overload", "long_prompt")
+    channel: Literal["auto", "local", "process"] = "auto"
+    tool_format: Literal["auto", "none", "hermes", "llama3", "mistral"] = "auto"
+    reasoning_format: Literal["auto", "none", "think"] = "auto"
+    max_requests: Count | None = None
+    max_model_len: Count | None = None
+    cache_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    num_threads: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    timeout_s: Seconds | None = None
+
+    @property
+    def served_name(self) -> str:
+        """What clients call it."""
+        return self.name or Path(self.artifact).resolve().name.removesuffix(".llmc")
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -21,9 +52,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `max_concurrency_per_key` bounds the sequences of one API key. Bodies beyond `max_body_bytes`, or slower
     than `body_timeout_s`, are refused. A reader that takes nothing for `send_timeout_s` is given up. At the
     end running requests have `drain_timeout_s`. No step for `watchdog_s` while there is work makes
-    `/health` fail. `api_keys` names a file with a key a line, `name:key` or `key`.
+    `/health` fail. `api_keys` names a file with a key a line, `name:key` or `key`. `vllm_metrics` exports
+    what vLLM counts too under its names as well. `hourly_price` is what the machine costs, for the cost of
+    1000 tokens on the status page. An engine in a child process that dies is started again at most
+    `max_restarts` times within ten minutes.
     """
 
+    models: tuple[ModelConfig, ...] = ()
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
     api_keys: str | None = None
@@ -41,6 +76,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drain_timeout_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
     watchdog_s: Seconds = 120.0
     max_connections: Count = 1024
+    vllm_metrics: bool = False
+    hourly_price: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    currency: Annotated[str, msgspec.Meta(max_length=8)] = "$"
+    channel: Literal["auto", "local", "process"] = "auto"
+    max_restarts: Annotated[int, msgspec.Meta(ge=0)] = 3
     json_logs: bool = False
     access_log: bool = False
     max_requests: Count | None = None
@@ -58,6 +98,34 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "TLS needs both.",
                 "Set both, or neither.",
             )
+        _check_names(self.models)
+
+
+def _check_names(models: tuple[ModelConfig, ...]) -> None:
+    """Every name and alias once; every fallback leads to a model, and never back."""
+    names = Counter(name for model in models for name in (model.served_name, *model.aliases))
+    for name, count in names.items():
+        if count > 1:
+            raise UsageError(
+                "server.served_name",
+                f"{'Two' if count == 2 else count} artifacts are called {name}.",
+                "Clients choose among several by their names.",
+                "Give them different names, or rename one of the folders.",
+            )
+    by_name = {model.served_name: model for model in models}
+    for model in models:
+        seen = [model.served_name]
+        while (after := by_name[seen[-1]].fallback) is not None:
+            if after not in by_name or after in seen:
+                raise UsageError(
+                    "server.fallback",
+                    f"The fallback of {seen[-1]} is {after}.",
+                    "That leads back to a model that was asked before."
+                    if after in by_name
+                    else f"There is no model of that name; there are {', '.join(by_name)}.",
+                    "Name another model as fallback, or leave it out.",
+                )
+            seen.append(after)
 
 
 def read_config(path: Path) -> ServerConfig:

@@ -75,13 +75,14 @@ def bad_request(code: str, what: str, why: str, fix: str, param: str | None = No
 def from_event(event: Failed) -> ServingError:
     """The engine's refusal. A full queue is the server's load, not the caller's mistake."""
     overloaded = event.code == "request.queue_full"
+    passes = overloaded or event.status == 503
     return ServingError(
-        503 if overloaded else event.status,
+        503 if passes else event.status,
         event.code,
         event.what,
         event.why,
         event.fix,
-        retry_after_s=1.0 if overloaded else None,
+        retry_after_s=1.0 if passes else None,
     )
 
 

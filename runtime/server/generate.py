@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import Callable
@@ -37,30 +38,27 @@ async def generate_completion(state: ServerState, request: Request, owner: str) 
     state.check_admits()
     body = await read_body(request, state.config)
     asked = decode_body(body, CompletionRequest, COMPLETION_FIELDS)
-    model = state.model(asked.model)
+    state.model(asked.model)
     num_sequences = count_sequences(asked, len(split_prompts(asked.prompt)), state.config)
 
-    def plan() -> tuple[Plan, list[str] | None]:
+    def plan(model: ServedModel) -> tuple[Plan, list[str] | None]:
         defaults = model.client.facts.defaults
         made = plan_completion(asked, model.codec, defaults, state.config, state.draw_seed)
         return made, _echoed(asked, model, made) if asked.echo else None
 
-    def writer(run: Run, plan_and_echo: tuple[Plan, list[str] | None]) -> Writer:
-        return CompletionWriter(
-            _heading("cmpl", asked, model),
-            run.plan,
-            model.codec,
-            echoed=plan_and_echo[1],
-            with_token_ids=asked.return_token_ids,
-            reports_usage=_wants_usage(asked),
-            usage_so_far=_continuous(asked, run),
-        )
-
     check_stream_options(asked)
-    place = _enter(model, owner, num_sequences)
-    made = await _planned(model, place, plan, len(body))
-    run = _start(state, model, place, made[0], arrival_s)
-    return await _reply(state, run, writer(run, made), asked, request)
+    model, place, made = await _admit(state, asked, owner, num_sequences, plan, len(body))
+    run = _start(model, place, made[0], arrival_s)
+    writer = CompletionWriter(
+        _heading("cmpl", asked, model),
+        run.plan,
+        model.codec,
+        echoed=made[1],
+        with_token_ids=asked.return_token_ids,
+        reports_usage=_wants_usage(asked),
+        usage_so_far=_continuous(asked, run),
+    )
+    return await _reply(state, run, writer, asked, request)
 
 
 async def generate_chat(state: ServerState, request: Request, owner: str) -> Response:
@@ -69,16 +67,15 @@ async def generate_chat(state: ServerState, request: Request, owner: str) -> Res
     state.check_admits()
     body = await read_body(request, state.config)
     asked = decode_body(body, ChatRequest, CHAT_FIELDS)
-    model = state.model(asked.model)
+    state.model(asked.model)
     num_sequences = count_sequences(asked, 1, state.config)
 
-    def plan() -> Plan:
+    def plan(model: ServedModel) -> Plan:
         return plan_chat(asked, model.codec, model.client.facts.defaults, state.config, state.draw_seed)
 
     check_stream_options(asked)
-    place = _enter(model, owner, num_sequences)
-    made = await _planned(model, place, plan, len(body))
-    run = _start(state, model, place, made, arrival_s)
+    model, place, made = await _admit(state, asked, owner, num_sequences, plan, len(body))
+    run = _start(model, place, made, arrival_s)
     writer = ChatWriter(
         _heading("chatcmpl", asked, model),
         made,
@@ -88,6 +85,46 @@ async def generate_chat(state: ServerState, request: Request, owner: str) -> Res
         usage_so_far=_continuous(asked, run),
     )
     return await _reply(state, run, writer, asked, request)
+
+
+async def _admit(
+    state: ServerState,
+    asked: GenerationFields,
+    owner: str,
+    num_sequences: int,
+    plan: Callable[[ServedModel], T],
+    num_bytes: int,
+) -> tuple[ServedModel, Place, T]:
+    """The model that answers, the request's place there, and its plan: the model asked for, or else the
+    fallback that its settings name for such a case."""
+    model = state.model(asked.model)
+    reasons: list[tuple[ServedModel, str]] = []
+    while True:
+        try:
+            place = _enter(model, owner, num_sequences)
+            made = await _planned(model, place, functools.partial(plan, model), num_bytes)
+        except LlmcError as error:
+            reason = _fallback_reason(error)
+            after = state.models.get(model.fallback or "")
+            if after is None or reason not in model.fallback_on or not _is_roomier(after, model, reason):
+                raise
+            reasons.append((model, reason))
+            model = after
+            continue
+        for before, reason in reasons:
+            before.metrics.fell_back(reason)
+        return model, place, made
+
+
+def _fallback_reason(error: LlmcError) -> str:
+    """What a fallback could mend; nothing where it is empty."""
+    if error.code == "server.overloaded":
+        return "overload"
+    return "long_prompt" if error.code in ("request.prompt_too_long", "request.max_tokens") else ""
+
+
+def _is_roomier(after: ServedModel, before: ServedModel, reason: str) -> bool:
+    return reason != "long_prompt" or after.codec.limits.max_model_len > before.codec.limits.max_model_len
 
 
 def _enter(model: ServedModel, owner: str, num_sequences: int) -> Place:
@@ -109,7 +146,7 @@ async def _planned(model: ServedModel, place: Place, plan: Callable[[], T], num_
         raise
 
 
-def _start(state: ServerState, model: ServedModel, place: Place, plan: Plan, arrival_s: float) -> Run:
+def _start(model: ServedModel, place: Place, plan: Plan, arrival_s: float) -> Run:
     try:
         return Run(plan, model.client, model.backlog, place, model.metrics, arrival_s)
     except BaseException:

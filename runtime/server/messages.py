@@ -65,15 +65,44 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Where an engine stands. Counts are since its start; `kv_usage` is the share of pages in use in the
-    fullest cache group; `failure` is set when the engine serves no more."""
+    fullest cache group; `num_preempted` of those waiting have run before; `failure` is set when the engine
+    serves no more, `is_starting` while it is being started again."""
 
     num_running: int
     num_waiting: int
+    num_preempted: int = 0
     kv_usage: float
     num_steps: int
     num_failed_steps: int
     num_preemptions: int
     num_computed_tokens: int
+    num_corrupted: int = 0
     drafted_at: tuple[int, ...] = ()
     accepted_at: tuple[int, ...] = ()
     failure: str | None = None
+    is_starting: bool = False
+    num_restarts: int = 0
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The first words of an engine in a process of its own. `seconds` is where its start went."""
+
+    facts: EngineFacts
+    seconds: dict[str, float]
+
+
+class NotReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Its only words when it cannot start: the error, with the name of its class."""
+
+    kind: str
+    code: str
+    what: str
+    why: str
+    fix: str
+
+
+class News(msgspec.Struct, frozen=True, tag=True):
+    """What has happened since the last news, and where the engine stands."""
+
+    events: tuple[Said | Failed, ...]
+    snapshot: EngineSnapshot

@@ -132,9 +132,12 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """`root` is the model's own name where `id` is an alias."""
+
     id: str
     created: int
     max_model_len: int
+    root: str
     owned_by: str = "llmc"
     object: Literal["model"] = "model"
 
@@ -158,5 +161,5 @@ class DetokenizeResponse(msgspec.Struct, frozen=True, kw_only=True):
 class HealthResponse(msgspec.Struct, frozen=True, kw_only=True):
     """`why` explains what is not ok."""
 
-    status: Literal["ok", "draining", "failed"]
+    status: Literal["ok", "starting", "draining", "failed"]
     why: str | None = None

@@ -16,7 +16,7 @@ from .openapi import openapi_document
 from .requests import DetokenizeRequest, TokenizeRequest
 from .responses import HealthResponse, ModelList
 from .state import ServerState
-from .text_routes import alive, detokenize, model_card, takes_requests, tokenize
+from .text_routes import alive, detokenize, model_card, model_cards, takes_requests, tokenize
 
 
 def make_routes(state: ServerState) -> list[Route]:
@@ -45,11 +45,12 @@ def _generation_routes(state: ServerState) -> list[Route]:
 def _model_routes(state: ServerState) -> list[Route]:
     async def models(request: Request) -> Response:
         _owner(state, request)
-        return as_json(ModelList(data=[model_card(model) for model in state.models.values()]))
+        return as_json(ModelList(data=model_cards(state)))
 
     async def model(request: Request) -> Response:
         _owner(state, request)
-        return as_json(model_card(state.model(request.path_params["name"])))
+        name = str(request.path_params["name"])
+        return as_json(model_card(state.model(name), name))
 
     async def tokenize_text(request: Request) -> Response:
         _owner(state, request)

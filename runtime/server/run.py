@@ -47,6 +47,7 @@ class _Sequence:
     """The times of one completion, on the engine's clock."""
 
     num_tokens: int = 0
+    admitted_s: float = 0.0
     first_s: float = 0.0
     last_s: float = 0.0
     is_open: bool = True
@@ -154,18 +155,31 @@ class Run:
         metrics.finished(reason.value)
         if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             raise _bad_ending(reason, chunk.error)
-        metrics.e2e_s.observe(chunk.time_s - self._arrival_s)
+        self._count_end(chunk.time_s, sequence)
+
+    def _count_end(self, end_s: float, sequence: _Sequence) -> None:
+        metrics = self._metrics
+        metrics.e2e_s.observe(end_s - self._arrival_s)
         metrics.request_generation_tokens.observe(sequence.num_tokens)
+        if sequence.num_tokens:
+            metrics.decode_s.observe(end_s - sequence.first_s)
+            metrics.inference_s.observe(end_s - sequence.admitted_s)
         if sequence.num_tokens > 1:
-            metrics.tpot_s.observe((chunk.time_s - sequence.first_s) / (sequence.num_tokens - 1))
+            metrics.tpot_s.observe((end_s - sequence.first_s) / (sequence.num_tokens - 1))
+        if not self._num_open:
+            metrics.longest_generation.observe(max(each.num_tokens for each in self._sequences))
 
     def _count_first(self, piece: Piece, sequence: _Sequence) -> None:
         chunk, metrics = piece.chunk, self._metrics
         sequence.first_s = chunk.time_s
+        sequence.admitted_s = chunk.time_s if chunk.admitted_s is None else chunk.admitted_s
         metrics.ttft_s.observe(chunk.time_s - self._arrival_s)
+        metrics.queue_s.observe(max(0.0, sequence.admitted_s - self._arrival_s))
+        metrics.prefill_s.observe(chunk.time_s - sequence.admitted_s)
         metrics.prefix_queries.inc(len(self.plan.prompts[piece.prompt]))
         metrics.prefix_hits.inc(chunk.num_cached_tokens)
         if chunk.index == 0:
+            metrics.prompt_tokens_cached.inc(chunk.num_cached_tokens)
             metrics.prompt_tokens.inc(len(self.plan.prompts[piece.prompt]))
             self._cached_tokens[piece.prompt] = chunk.num_cached_tokens
 

@@ -12,7 +12,7 @@ from .backlog import Backlog
 from .channel import EngineChannel
 from .client import EngineClient
 from .codec import Codec
-from .config import ServerConfig
+from .config import ModelConfig, ServerConfig
 from .errors import ServingError
 from .keys import ApiKeys
 from .messages import EngineSnapshot
@@ -24,7 +24,8 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One artifact being served under `name`."""
+    """One artifact being served under `name` and `aliases`. Where `fallback_on` says so, the model called
+    `fallback` answers in its place."""
 
     name: str
     codec: Codec
@@ -32,6 +33,9 @@ class ServedModel:
     backlog: Backlog
     metrics: ModelMetrics
     created: int
+    aliases: tuple[str, ...] = ()
+    fallback: str | None = None
+    fallback_on: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -53,6 +57,7 @@ class ServerState:
     clock: Clock = time.monotonic
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_DRAWN_SEED)
     is_draining: bool = False
+    aliases: dict[str, str] = field(default_factory=dict[str, str])
     _progress: dict[str, _Progress] = field(default_factory=dict[str, _Progress])
 
     @property
@@ -73,7 +78,7 @@ class ServerState:
                 "Send one of these names.",
                 param="model",
             )
-        found = self.models.get(name)
+        found = self.models.get(self.aliases.get(name, name))
         if found is None:
             raise ServingError(
                 404,
@@ -96,6 +101,12 @@ class ServerState:
                 "Send the request again; another server may take it.",
                 retry_after_s=self.config.drain_timeout_s,
             )
+
+    def starting(self) -> str | None:
+        """A model whose engine is being started again; None when there is none."""
+        return next(
+            (name for name, model in self.models.items() if model.client.snapshot().is_starting), None
+        )
 
     def failure(self) -> str | None:
         """Why an engine is not alive; None when all are. One is stuck when it has work and no step has ended
@@ -125,16 +136,19 @@ def make_state(
     clock: Clock = time.monotonic,
     created: int | None = None,
 ) -> ServerState:
-    """The state of a server over `engines` of (served name, channel, tokenizer)."""
+    """The state of a server over `engines` of (served name, channel, tokenizer); aliases and fallbacks are
+    those that the settings have for these names."""
+    settings = {model.served_name: model for model in config.models}
     models: dict[str, ServedModel] = {}
 
     def snapshots() -> list[tuple[str, EngineSnapshot]]:
         return [(name, model.client.snapshot()) for name, model in models.items()]
 
-    metrics = Metrics(snapshots)
+    metrics = Metrics(snapshots, config.vllm_metrics)
     for name, channel, tokenizer in engines:
         client = EngineClient(channel)
         limits = client.facts.limits
+        own = settings.get(name, ModelConfig(artifact=name))
         models[name] = ServedModel(
             name=name,
             codec=Codec(tokenizer, limits),
@@ -142,5 +156,15 @@ def make_state(
             backlog=Backlog(limits.max_requests + config.max_waiting, config.max_concurrency_per_key, clock),
             metrics=ModelMetrics(metrics, name),
             created=int(time.time()) if created is None else created,
+            aliases=own.aliases,
+            fallback=own.fallback,
+            fallback_on=own.fallback_on,
         )
-    return ServerState(config=config, keys=keys or ApiKeys(), models=models, metrics=metrics, clock=clock)
+    return ServerState(
+        config=config,
+        keys=keys or ApiKeys(),
+        models=models,
+        metrics=metrics,
+        clock=clock,
+        aliases={alias: name for name, model in models.items() for alias in model.aliases},
+    )

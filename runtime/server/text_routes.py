@@ -43,8 +43,21 @@ async def detokenize(state: ServerState, asked: DetokenizeRequest) -> Detokenize
     return DetokenizeResponse(prompt=await asyncio.to_thread(codec.decode, asked.tokens))
 
 
-def model_card(model: ServedModel) -> ModelCard:
-    return ModelCard(id=model.name, created=model.created, max_model_len=model.codec.limits.max_model_len)
+def model_card(model: ServedModel, name: str) -> ModelCard:
+    """The card of a model under `name`, its own or an alias."""
+    return ModelCard(
+        id=name,
+        created=model.created,
+        max_model_len=model.codec.limits.max_model_len,
+        root=model.name,
+    )
+
+
+def model_cards(state: ServerState) -> list[ModelCard]:
+    """A card for every name that requests may use."""
+    return [
+        model_card(model, name) for model in state.models.values() for name in (model.name, *model.aliases)
+    ]
 
 
 def alive(state: ServerState) -> HealthResponse:
@@ -57,4 +70,7 @@ def takes_requests(state: ServerState) -> HealthResponse:
     """Whether a new request would be taken."""
     if state.is_draining:
         return HealthResponse(status="draining", why="The server is shutting down.")
+    starting = state.starting()
+    if starting is not None:
+        return HealthResponse(status="starting", why=f"The engine of {starting} is being started again.")
     return alive(state)

@@ -161,13 +161,14 @@ def serve():
 @pytest.fixture
 def run_server():
     """A function from settings and names to a server over fresh simulated models, one a name; `wrap` may
-    stand between server and engine."""
+    stand between server and engine; `sizes` are (caps, settings) of an engine by name."""
     with contextlib.ExitStack() as stack:
 
-        def start(config, wraps):
+        def start(config, wraps, sizes=None):
             engines = []
             for name, wrap in wraps.items():
-                llm = LLM(SlowExecutor(simulated_caps(max_in_flight=2)), letters(), SPEC, RuntimeConfig())
+                caps, runtime = (sizes or {}).get(name, (simulated_caps(max_in_flight=2), RuntimeConfig()))
+                llm = LLM(SlowExecutor(caps), letters(), SPEC, runtime)
                 stack.callback(llm.close)
                 engines.append((name, wrap(LocalChannel(llm)), llm.tokenizer))
             running = Running(config, engines)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import httpx2 as httpx
 import pytest
@@ -19,7 +18,6 @@ from openai import OpenAI
 
 import llmc
 from llmc.cli.main import main
-from llmc.cli.serving import served_names
 from llmc.runtime.params import SamplingParams
 
 PROMPT = "Once upon a time"
@@ -120,6 +118,7 @@ def test_what_cannot_be_served(tmp_path):
         ((tmp_path, tmp_path), 2, "Two artifacts are called"),
         ((tmp_path, tmp_path, "--served-name", "x"), 2, "One name was given for 2"),
         ((), 2, "ARTIFACT"),
+        ((tmp_path / "a" / "one", tmp_path / "b" / "one.llmc"), 2, "are called one"),
     ):
         result = invoke(*arguments, *(("--port", 0) if "--port" not in arguments else ()))
         assert result.exit_code == code, result.output
@@ -136,8 +135,3 @@ def test_the_ledger_begins_with_the_process():
     started = time.monotonic()
     age_s = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert 0.3 <= age_s <= time.monotonic() - started + 0.02
-
-
-def test_names_are_those_of_the_folders():
-    assert served_names([Path("a/one.llmc"), Path("two")], None) == ["one", "two"]
-    assert served_names([Path("a/one.llmc")], "mine") == ["mine"]

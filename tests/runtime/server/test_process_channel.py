@@ -1,0 +1,147 @@
+"""An engine in a child process: the same tokens, a death that costs its own requests only, a new start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from llmc.runtime.server.config import ServerConfig
+from llmc.runtime.server.process_channel import ProcessChannel, engine_command
+from llmc.spec.errors import ArtifactError, TargetError
+
+pytestmark = pytest.mark.pure
+
+CHILD = str(Path(__file__).with_name("engine_child.py"))
+LONG = {"prompt": "hello", "max_tokens": 100, "ignore_eos": True}
+
+
+def child(mode="", **options):
+    return ProcessChannel((sys.executable, CHILD, *([mode] if mode else [])), **options)
+
+
+def wait_for(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture
+def two(run_server):
+    """One model here, the same model in a child that dies of a prompt with z."""
+    channels = []
+
+    def elsewhere(channel):
+        channels.append(child("fatal", max_restarts=2))
+        return channels[0]
+
+    config = ServerConfig(port=0)
+    running = run_server(config, {"here": lambda channel: channel, "there": elsewhere})
+    yield running, channels[0]
+    running.stop()
+    channels[0].close()
+
+
+def test_a_child_says_the_same_and_dies_alone(two):
+    running, channel = two
+    asked = {"prompt": "hello", "max_tokens": 30, "temperature": 1, "seed": 3, "logprobs": 2, "echo": True}
+    here = running.post("/v1/completions", model="here", **asked).json()["choices"]
+    assert running.post("/v1/completions", model="there", **asked).json()["choices"] == here
+
+    first = channel.pid
+    wait_for(lambda: channel.snapshot().num_steps > 0)
+    results = {}
+
+    def ask(name):
+        results[name] = running.post("/v1/completions", model=name, **LONG)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("here", "there")]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: channel.snapshot().num_running == 1)
+    lost = running.post("/v1/completions", model="there", prompt="zzz")
+    for thread in threads:
+        thread.join(20)
+    assert (lost.status_code, lost.json()["error"]["code"]) == (503, "engine.died")
+    assert int(lost.headers["retry-after"]) >= 1
+    assert results["there"].status_code == 503
+    assert results["here"].status_code == 200
+    assert not is_alive(first)
+    running.client(max_retries=8).completions.create(model="there", prompt="a", max_tokens=2)
+    assert channel.pid != first
+    assert running.post("/v1/completions", model="there", **asked).json()["choices"] == here
+    assert running.metric("llmc:engine_restarts_total", model_name="there") == 1
+    wait_for(lambda: running.state.num_open == 0)
+    assert all(model.backlog.num_sequences == 0 for model in running.state.models.values())
+
+
+@pytest.mark.slow
+def test_too_many_deaths_are_a_failure(two):
+    running, channel = two
+    for _ in range(3):
+        wait_for(lambda: not channel.snapshot().is_starting)
+        os.kill(channel.pid, signal.SIGKILL)
+        wait_for(lambda: channel.snapshot().is_starting or channel.snapshot().failure)
+    wait_for(lambda: channel.snapshot().failure)
+    health = running.http.get(f"{running.url}/health")
+    assert health.status_code == 503
+    assert "died 3 times" in health.json()["why"]
+    with pytest.raises(openai.InternalServerError, match="died 3 times"):
+        running.client().completions.create(model="there", prompt="a")
+    assert running.post("/v1/completions", model="here", prompt="a").status_code == 200
+
+
+@pytest.mark.slow
+def test_a_stream_says_that_its_engine_died(two):
+    running, channel = two
+    fields = {**LONG, "model": "there", "stream": True}
+    with running.http.stream("POST", f"{running.url}/v1/completions", json=fields) as response:
+        lines = response.iter_lines()
+        next(lines)
+        os.kill(channel.pid, signal.SIGKILL)
+        rest = [line for line in lines if line]
+    assert "engine.died" in rest[-1]
+    assert "data: [DONE]" not in rest
+    wait_for(lambda: running.http.get(f"{running.url}/ready").status_code == 200)
+
+
+def test_a_client_that_leaves_ends_the_childs_work(two):
+    running, channel = two
+    fields = {**LONG, "model": "there", "stream": True}
+    with running.http.stream("POST", f"{running.url}/v1/completions", json=fields):
+        wait_for(lambda: channel.snapshot().num_running == 1)
+    wait_for(lambda: channel.snapshot().num_running == 0)
+
+
+def test_what_cannot_start_says_why(tmp_path):
+    from llmc.runtime.config import RuntimeConfig
+
+    with pytest.raises(TargetError, match="status 7"):
+        child("broken")
+    with pytest.raises(ArtifactError, match="no artifact at"):
+        ProcessChannel(engine_command(tmp_path / "none", RuntimeConfig()))
+
+
+def test_a_child_does_not_outlive_its_parent():
+    code = (
+        "import os, sys; from llmc.runtime.server.process_channel import ProcessChannel as P\n"
+        f"c = P((sys.executable, {CHILD!r})); print(c.pid, flush=True); os._exit(9)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    wait_for(lambda: not is_alive(int(out.stdout)))
