@@ -40,23 +40,44 @@ def v_cache_name(layer: int) -> str:
     return f"v_cache_{layer}"
 
 
+def k_scales_name(layer: int) -> str:
+    """The input that holds the scales of a key cache of codes."""
+    return f"k_scales_{layer}"
+
+
+def v_scales_name(layer: int) -> str:
+    """The input that holds the scales of a value cache of codes."""
+    return f"v_scales_{layer}"
+
+
+def cache_names(group: CacheGroup, layer: int) -> tuple[str, ...]:
+    """The inputs that are the cache of owning layer `layer`, in the order of a program's placeholders."""
+    values = (k_cache_name(layer), v_cache_name(layer))
+    return (*values, k_scales_name(layer), v_scales_name(layer)) if group.scales else values
+
+
 def paged_inputs(layout: CacheLayout) -> tuple[GraphInput, ...]:
     """All inputs of a program over `layout`, in the order of its placeholders."""
     tables: list[GraphInput] = []
-    caches: dict[int, tuple[GraphInput, GraphInput]] = {}
+    caches: dict[int, tuple[GraphInput, ...]] = {}
     for index, group in enumerate(layout.groups):
         tables.append(GraphInput(name=block_table_name(index), shape=("S", f"B{index}"), dtype="int64"))
         tables.append(GraphInput(name=slots_name(index), shape=("T",), dtype="int64"))
-        pages, heads, dtype = f"P{index}", group.num_kv_heads, group.dtype
         for layer in group.layers:
-            k_shape = (pages, group.page_tokens, heads, group.k_dim)
-            v_shape = (pages, group.page_tokens, heads, group.v_dim)
-            caches[layer] = (
-                GraphInput(name=k_cache_name(layer), shape=k_shape, dtype=dtype),
-                GraphInput(name=v_cache_name(layer), shape=v_shape, dtype=dtype),
+            entries = zip(cache_names(group, layer), _cache_tensors(group), strict=True)
+            caches[layer] = tuple(
+                GraphInput(name=name, shape=(f"P{index}", *shape), dtype=dtype)
+                for name, (shape, dtype) in entries
             )
     starts = GraphInput(name=QUERY_STARTS, shape=("Q",), dtype="int64")
     return (*TRACE_INPUTS, starts, *tables, *(entry for layer in sorted(caches) for entry in caches[layer]))
+
+
+def _cache_tensors(group: CacheGroup) -> list[tuple[tuple[int, ...], str]]:
+    """Shape of a page and dtype of each cache tensor of a layer, in the order of `cache_names`."""
+    heads = (group.page_tokens, group.num_kv_heads)
+    values = [((*heads, width), group.dtype) for width in (group.k_dim, group.v_dim)]
+    return [*values, (heads, "float32"), (heads, "float32")] if group.scales else values
 
 
 def allocate_caches(layout: CacheLayout, num_pages: Sequence[int]) -> dict[str, Tensor]:
@@ -66,18 +87,17 @@ def allocate_caches(layout: CacheLayout, num_pages: Sequence[int]) -> dict[str, 
     """
     caches: dict[str, Tensor] = {}
     for group, pages in zip(layout.groups, num_pages, strict=True):
-        if group.scales or group.v_source != "own":
+        if group.scales != group.is_coded or group.v_source != "own":
             raise InternalError(
                 "ir.cache_form",
                 f"Cache group of layers {list(group.layers)} cannot be allocated.",
-                "Its values are scaled or aliased, and the reference operators read plain values only.",
-                "Use a layout of float32, bfloat16 or float16 with its own values.",
+                "Its values are aliased, or codes without scales, or scaled without being codes.",
+                "Use a layout with its own values, and scales with int8 and float8_e4m3fn alone.",
             )
-        dtype = getattr(torch, group.dtype)
         for layer in group.layers:
-            shape = (pages, group.page_tokens, group.num_kv_heads)
-            caches[k_cache_name(layer)] = torch.zeros(*shape, group.k_dim, dtype=dtype)
-            caches[v_cache_name(layer)] = torch.zeros(*shape, group.v_dim, dtype=dtype)
+            entries = zip(cache_names(group, layer), _cache_tensors(group), strict=True)
+            for name, (shape, dtype) in entries:
+                caches[name] = torch.zeros(pages, *shape, dtype=getattr(torch, dtype))
     return caches
 
 

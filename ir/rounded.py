@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,13 +34,28 @@ def round_rows(x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None 
         return _coded(x.float() / scale, scheme) * scale
     size = scheme.group_size or width
     padded = F.pad(x.float(), (0, -width % size))
-    groups = padded.unflatten(-1, (-1, size))
+    coded = code_groups(padded.unflatten(-1, (-1, size)), scheme)
+    return (coded.codes * coded.scales).flatten(-2)[..., :width]
+
+
+class CodedGroups(NamedTuple):
+    """Codes as float32 values `[..., size]` and float32 scales `[..., 1]`; a value is `code * scale`."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+def code_groups(groups: Tensor, scheme: ActivationScheme) -> CodedGroups:
+    """Codes of `groups[..., size]`, float32, each group along the last dimension with a scale of its own.
+
+    A group with an infinity or NaN has the scale NaN and codes 0.
+    """
     top = groups.abs().amax(-1, keepdim=True)
-    tiny = top < SMALLEST_ACTIVATION
+    tiny, finite = top < SMALLEST_ACTIVATION, top.isfinite()
     # a quotient of tensors: torch would multiply a scalar by the rounded reciprocal
-    factor = torch.where(tiny, 0.0, torch.full_like(top, scheme.top) / top)
-    scale = torch.where(top.isfinite(), torch.where(tiny, 0.0, top / scheme.top), torch.nan)
-    return (_coded(groups * factor, scheme) * scale).flatten(-2)[..., :width]
+    factors = torch.where(tiny, 0.0, torch.full_like(top, scheme.top) / top)
+    scales = torch.where(finite, torch.where(tiny, 0.0, top / scheme.top), torch.nan)
+    return CodedGroups(torch.where(finite, _coded(groups * factors, scheme), 0.0), scales)
 
 
 def _coded(scaled: Tensor, scheme: ActivationScheme) -> Tensor:

@@ -88,6 +88,8 @@ def _latest(write: fx.Node, q_rope: fx.Node) -> fx.Node:
 def _fuse(graph: fx.Graph, write: fx.Node, q_rope: fx.Node) -> None:
     k_rope = argument(write, "k")
     caches = [argument(write, name) for name in ("k_cache", "v_cache", "slots")]
+    scales = [argument(write, name) for name in ("k_scales", "v_scales")]
+    caches += [] if scales[0] is None else scales
     args = (argument(q_rope, "x"), argument(k_rope, "x"), argument(write, "v"), *_angles(q_rope), *caches)
     last = _latest(write, q_rope)
     with graph.inserting_after(last):

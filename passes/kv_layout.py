@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 from ..ir.program import Program
-from ..spec.cache import CacheGroup, CacheLayout
+from ..spec.cache import CODED_DTYPES, CacheGroup, CacheLayout
 from ..spec.errors import InternalError
 from ..spec.history import Decision
 from ..spec.model import AttentionSpec, ModelSpec
@@ -31,7 +31,7 @@ from .base import (
     option,
 )
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "fp8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +44,20 @@ class KvLayout:
     provides: ClassVar[frozenset[str]] = frozenset({KV_LAYOUT})
     contract: ClassVar[Contract] = Exact()
 
-    dtype: str = option("auto", "Dtype of cached values; auto is the compute dtype.", choices=DTYPES)
+    dtype: str = option(
+        "auto",
+        "Dtype of cached values; auto is the compute dtype. int8 and fp8 (e4m3) keep a scale for each token "
+        "and head, computed as it is written.",
+        choices=DTYPES,
+        search=("auto", "int8"),
+    )
     page_tokens: int = option(0, "Tokens of one page; 0 is the target's default.", low=0, high=4096)
     expect: int = expect_option()
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """One match per attention layer; a decision per group."""
         spec = program.spec
-        dtype = spec.compute_dtype if self.dtype == "auto" else self.dtype
+        dtype = {"auto": spec.compute_dtype, "fp8": "float8_e4m3fn"}.get(self.dtype, self.dtype)
         layout = plan_cache(spec, dtype, self.page_tokens or context.target.page_tokens)
         decisions = tuple(_describe(index, group) for index, group in enumerate(layout.groups))
         report = PassReport(matches=len(spec.attention), decisions=decisions)
@@ -93,6 +99,7 @@ def plan_cache(spec: ModelSpec, dtype: str, page_tokens: int) -> CacheLayout:
             k_dim=key.k_dim,
             v_dim=key.v_dim,
             dtype=dtype,
+            scales=dtype in CODED_DTYPES,
             page_tokens=page_tokens,
             shared=tuple((reader, owner) for reader, owner in shared.items() if owner in owned),
         )
@@ -141,8 +148,9 @@ def _describe(index: int, group: CacheGroup) -> Decision:
     readers = (
         f", read by layers {', '.join(str(reader) for reader, _ in group.shared)} too" if group.shared else ""
     )
+    scaled = " with a scale for each token and head" if group.scales else ""
     return Decision(
         subject=f"cache group {index}",
-        choice=f"{group.dtype}, pages of {group.page_tokens} tokens, {group.page_bytes} bytes each",
+        choice=f"{group.dtype}{scaled}, pages of {group.page_tokens} tokens, {group.page_bytes} bytes each",
         reason=f"layers {layers} have {group.num_kv_heads} KV heads of {group.k_dim} and see {seen}{readers}",
     )

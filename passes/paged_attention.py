@@ -5,7 +5,8 @@
     t = llmc.kv_write(k, v, k_cache_0, v_cache_0, slots_0)
     o = llmc.paged_attention(q, k_cache_0, v_cache_0, t, block_table_0, query_starts, positions, ...)
 
-A layer that shares another's cache reads it after the owner has written; its own K and V are dropped.
+A cache of codes has scales beside it, `k_scales_0` and `v_scales_0`, which come last in both operators. A
+layer that shares another's cache reads it after the owner has written; its own K and V are dropped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import fx
 from ..ir.paged import (
     QUERY_STARTS,
     block_table_name,
+    cache_names,
     k_cache_name,
     paged_inputs,
     slots_name,
@@ -70,7 +72,8 @@ class PagedAttention:
             _rewrite(graph, node, program.cache, inputs, written)
         erase_dead(graph)
         narrower = any(
-            _bits(group.dtype) < _bits(program.spec.compute_dtype) for group in program.cache.groups
+            group.is_coded or _bits(group.dtype) < _bits(program.spec.compute_dtype)
+            for group in program.cache.groups
         )
         report = PassReport(matches=len(attentions), contract=Lossy() if narrower else None)
         done = program.replace(graph=graph, inputs=paged_inputs(program.cache))
@@ -102,10 +105,11 @@ def _rewrite(
     layer = argument(node, "layer")
     group, owner = layout.owner_of(layer)
     caches = inputs[k_cache_name(owner)], inputs[v_cache_name(owner)]
+    scales = tuple(inputs[name] for name in cache_names(layout.groups[group], owner)[2:])
     with graph.inserting_before(node):
         if owner == layer:
             fresh = argument(node, "k"), argument(node, "v")
-            written[layer] = insert(graph, KV_WRITE, (*fresh, *caches, inputs[slots_name(group)]))
+            written[layer] = insert(graph, KV_WRITE, (*fresh, *caches, inputs[slots_name(group)], *scales))
         elif owner not in written:
             raise InternalError(
                 "passes.kv_order",
@@ -115,7 +119,7 @@ def _rewrite(
             )
         where = inputs[block_table_name(group)], inputs[QUERY_STARTS], argument(node, "positions")
         settings = [argument(node, name) for name in ("sinks", "scale", "window", "softcap", "chunk")]
-        args = (argument(node, "q"), *caches, written[owner], *where, *settings)
+        args = (argument(node, "q"), *caches, written[owner], *where, *settings, *scales)
         paged = insert(graph, PAGED_ATTENTION, args, like=node.meta["val"])
     node.replace_all_uses_with(paged)
     graph.erase_node(node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+CODED_DTYPES = ("int8", "float8_e4m3fn")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
 
 
@@ -29,6 +30,11 @@ class CacheGroup:
     scales: bool = False
     page_tokens: int
     shared: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the dtype holds codes, which mean nothing without scales."""
+        return self.dtype in CODED_DTYPES
 
     @property
     def bytes_per_token(self) -> int:

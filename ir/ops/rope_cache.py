@@ -8,7 +8,7 @@ from torch import Tensor
 from .registration import operator
 
 
-@operator("llmc::rope_kv_write", mutates_args=("k_cache", "v_cache"))
+@operator("llmc::rope_kv_write", mutates_args=("k_cache", "v_cache", "k_scales", "v_scales"))
 def rope_kv_write(
     q: Tensor,
     k: Tensor,
@@ -21,6 +21,8 @@ def rope_kv_write(
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`rope` of `q[T, H, D]` and of `k[T, G, D]`, then `kv_write` of the rotated k and of `v[T, G, V]`.
 
@@ -28,7 +30,8 @@ def rope_kv_write(
     """
     rotated_q = torch.ops.llmc.rope(q, positions, inv_freq, scale, style, tail)
     rotated_k = torch.ops.llmc.rope(k, positions, inv_freq, scale, style, tail)
-    return rotated_q, torch.ops.llmc.kv_write(rotated_k, v, k_cache, v_cache, slots)
+    written = torch.ops.llmc.kv_write(rotated_k, v, k_cache, v_cache, slots, k_scales, v_scales)
+    return rotated_q, written
 
 
 @rope_kv_write.register_fake
@@ -44,5 +47,7 @@ def _(
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(0)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ...ir import ops
 from ...ir.interpret import interpret
-from ...ir.paged import allocate_caches, k_cache_name, slots_name, step_inputs, v_cache_name
+from ...ir.paged import allocate_caches, cache_names, slots_name, step_inputs
 from ...spec.cache import CacheLayout
 from ..protocol import BlockCopy
 from .reference_products import Products
@@ -67,7 +67,7 @@ class ReferenceModel:
         """Copies physical pages within their groups, in order."""
         for copy in copies:
             for layer in self._layout.groups[copy.group].layers:
-                for name in (k_cache_name(layer), v_cache_name(layer)):
+                for name in cache_names(self._layout.groups[copy.group], layer):
                     self._caches[name][copy.target] = self._caches[name][copy.source]
 
     @contextmanager

@@ -259,6 +259,8 @@ def samples():
     parts = quantize_rtn(weight, parse_scheme("int4_channel"))
     q, k = randn(5, 4, 8), randn(5, 2, 8)
     caches = torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 8)
+    coded = tuple(cache.to(torch.int8) for cache in caches)
+    cache_scales = torch.ones(2, 4, 2), torch.ones(2, 4, 2)
     freq = torch.tensor([1.0, 0.1])
     paged = (*caches, torch.empty(0), torch.tensor([[0, 1]]), torch.tensor([0, 5]), torch.arange(5))
     experts = ids[:, None] % 2, torch.rand(5, 1), randn(2, 12, 16), randn(2, 16, 6), None, None
@@ -283,8 +285,8 @@ def samples():
         "softcap": (x, 30.0),
         "rope": (q, *rotation),
         "attention": (q, k, k, torch.arange(5), None, 0, 0, 1.0, 0, 0.0, 0),
-        "kv_write": (k, k, *caches, torch.arange(5)),
-        "paged_attention": (q, *paged, None, 1.0, 0, 0.0, 0),
+        "kv_write": (k, k, *coded, torch.arange(5), *cache_scales),
+        "paged_attention": (q, *coded, *paged[2:], None, 1.0, 0, 0.0, 0, *cache_scales),
         "rope_kv_write": (q, k, k, *rotation, *caches, torch.arange(5)),
         "moe": (x, *experts, "silu", False, 1.0, 0.0),
         "quantized_moe": (

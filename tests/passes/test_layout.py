@@ -19,7 +19,7 @@ from llmc.passes.instruments import NumericContract, Verification
 from llmc.passes.kv_layout import KvLayout, plan_cache
 from llmc.passes.manager import run_passes
 from llmc.passes.paged_attention import PagedAttention
-from llmc.passes.probe import logits_of
+from llmc.passes.probe import logits_of, probe_sequences
 from llmc.spec.cache import CacheGroup
 from llmc.spec.errors import InternalError
 from llmc.spec.model import AttentionSpec, ModelSpec
@@ -258,11 +258,30 @@ def test_a_token_without_a_page_is_an_error(table):
         step_inputs(layout, [PagedSequence(start=3, token_ids=[7, 8], block_tables=[table])])
 
 
-def test_scaled_groups_are_not_allocated():
-    layout = plan_cache(spec_of((1, 4, 0, 0, 0)), "int8", 4)
-    scaled = replace(layout, groups=(replace(layout.groups[0], scales=True),))
+@pytest.mark.parametrize(("dtype", "scales"), [("int8", False), ("float8_e4m3fn", False), ("float32", True)])
+def test_codes_have_scales_and_nothing_else_has(dtype, scales):
+    layout = plan_cache(spec_of((1, 4, 0, 0, 0)), dtype, 4)
+    odd = replace(layout, groups=(replace(layout.groups[0], scales=scales),))
     with pytest.raises(InternalError, match=r"layers \[0\] cannot be allocated"):
-        allocate_caches(scaled, [3])
+        allocate_caches(odd, [3])
+
+
+@pytest.mark.parametrize(("option", "dtype"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
+def test_a_cache_of_codes_is_written_and_read_with_scales(toy, option, dtype):
+    program = toy(windows=(8, 0))
+    plain = paged(program)
+    done = paged(program, FuseRopeCache(), dtype=option)
+    group = done.cache.groups[0]
+    assert group.scales
+    assert group.bytes_per_token == len(group.layers) * group.num_kv_heads * (group.k_dim + group.v_dim + 8)
+    caches = allocate_caches(done.cache, [3] * len(done.cache.groups))
+    assert caches["k_cache_0"].dtype == dtype
+    assert caches["k_scales_0"].shape == caches["k_cache_0"].shape[:3]
+    assert caches["v_scales_1"].dtype == torch.float32
+    sequences = probe_sequences(done.spec, seed=3)
+    expected, found = logits_of(plain, sequences), logits_of(done, sequences)
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert 0 < error < {"int8": 0.03, "fp8": 0.2}[option]
 
 
 def test_scattered_pages_are_a_partition():
