@@ -29,7 +29,8 @@ def resident(weights: Sequence[NDArray[Any]]) -> list[NDArray[np.uint8]]:
     readable bytes behind it, as kernels want them: mapped files stream at two thirds of the bandwidth.
     """
     offsets = [0, *accumulate(-(-(array.nbytes + _SLACK_BYTES) // 64) * 64 for array in weights)]
-    region = mmap.mmap(-1, max(offsets[-1], 1) + _HUGE_PAGE)
+    # Private: shared anonymous memory, Python's default, gets no large pages.
+    region = mmap.mmap(-1, max(offsets[-1], 1) + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         region.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(region, dtype=np.uint8)
