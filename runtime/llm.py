@@ -18,12 +18,15 @@ from .admission import EngineLimits, check_prompt, check_request
 from .collector import Collector
 from .config import RuntimeConfig
 from .engine import Engine
+from .grammar import Grammar
+from .grammar_compiler import GrammarCompiler
 from .loop import EngineLoop
 from .outputs import GenerationOutput, StreamChunk
 from .params import SamplingParams
 from .protocol import Executor
 from .request import Request
 from .session import Session, Sink
+from .structured import StructuredOutput
 from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -56,6 +59,7 @@ class LLM:
         ends = dict.fromkeys((*own, *spec.eos_token_ids))
         # Some models list end tokens beyond their own vocabulary, which can never come.
         self.eos_token_ids = tuple(token for token in ends if token < self.limits.vocab_size)
+        self._grammars: GrammarCompiler | None = None
         self._loop = EngineLoop(self.engine)
         self._draw_seed = draw_seed
         self._numbers = itertools.count()
@@ -240,6 +244,7 @@ class LLM:
         token_ids = self.encode(prompt)
         if params.stop:
             self._need_tokenizer("stop")
+        grammar = self._compile(params.structured) if params.structured is not None else None
         arrival_s = self.engine.now_s()
         if timeout_s is None:
             timeout_s = self.engine.config.timeout_s
@@ -256,6 +261,7 @@ class LLM:
                 deadline_s=None if timeout_s is None else arrival_s + timeout_s,
                 priority=priority,
                 prompt_logprobs=params.prompt_logprobs and index == 0,
+                grammar=grammar,
             )
             for index in range(params.n)
         ]
@@ -263,11 +269,18 @@ class LLM:
         name = request_id if request_id is not None else f"request-{next(self._names)}"
         return Session(name, requests, params, self.tokenizer, sink, self.engine.now_s)
 
+    def _compile(self, wanted: StructuredOutput) -> Grammar:
+        """The compiler reads the vocabulary once, when the first request needs it."""
+        tokenizer = self._need_tokenizer("structured")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(tokenizer, self.limits.vocab_size, self.eos_token_ids)
+        return self._grammars.compile(wanted)
+
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError(
                 f"request.{what}",
-                f"A {what} in text was given, and this model was loaded without a tokenizer.",
+                f"The request has a {what} in text, and this model was loaded without a tokenizer.",
                 "Only token ids can be used.",
                 "Compile the model with its tokenizer, or use token ids.",
             )

@@ -83,7 +83,7 @@ class SamplingParams:
         for name in ("prompt_logprobs", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise _out_of_range(name, getattr(self, name), "true or false")
-        if not isinstance(self.structured, StructuredOutput | None):
+        if not isinstance(self.structured, StructuredOutput | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise _out_of_range("structured", self.structured, "a StructuredOutput, or None")
 
     def _check_stops(self) -> None:

@@ -152,6 +152,13 @@ class StepPlan:
         """Tokens over all segments: the T of the graph."""
         return sum(segment.num_tokens for segment in self.segments)
 
+    def masks(self) -> list[NDArray[np.uint32] | None]:
+        """The rows of `grammar_mask` that belong to each segment."""
+        if self.grammar_mask is None:
+            return [None] * len(self.segments)
+        ends = np.cumsum([1 + len(segment.draft_ids) for segment in self.segments])
+        return list(np.split(self.grammar_mask, ends[:-1]))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:

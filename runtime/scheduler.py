@@ -170,7 +170,7 @@ class _Draft:
             if left > 1:
                 prefills.append(request)
             elif left == 1 and not request.has_drafts_pending and request not in self.victims:
-                if request.num_pending and (not self.run_ahead or _is_last(request)):
+                if request.num_pending and not (self.run_ahead and _may_run_ahead(request)):
                     continue
                 fits = start < request.blocks.capacity or self._make_room(request, start + 1)
                 if fits and self.budget > 0:
@@ -267,6 +267,9 @@ class _Draft:
         self.victims[victim] = None
 
 
-def _is_last(request: RunningRequest) -> bool:
-    """Whether the samples in flight already reach the token limit."""
-    return request.num_generated + request.num_pending >= request.request.max_tokens
+def _may_run_ahead(request: RunningRequest) -> bool:
+    """Not when the samples in flight already reach the token limit, nor when what may follow depends on
+    them."""
+    return request.grammar is None and (
+        request.num_generated + request.num_pending < request.request.max_tokens
+    )

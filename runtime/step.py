@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..spec.errors import InternalError, LlmcError
 from .blocks import BlockManager
+from .grammar import build_mask
 from .protocol import (
     BlockChange,
     LogitsWanted,
@@ -41,7 +42,7 @@ def row_entry(request: RunningRequest) -> RowEntry:
     )
 
 
-def build_plan(epoch: int, chunks: Sequence[Chunk], blocks: BlockManager) -> StepPlan:
+def build_plan(epoch: int, chunks: Sequence[Chunk], blocks: BlockManager, vocab_size: int) -> StepPlan:
     """Takes the pages the chunks need and puts them into the executor's words."""
     segments: list[Segment] = []
     changes: list[BlockChange] = []
@@ -70,7 +71,16 @@ def build_plan(epoch: int, chunks: Sequence[Chunk], blocks: BlockManager) -> Ste
                 logits=_logits_wanted(request, start, bool(draft_ids), samples),
             )
         )
-    return StepPlan(step_id=epoch, epoch=epoch, segments=tuple(segments), block_changes=tuple(changes))
+    return StepPlan(
+        step_id=epoch,
+        epoch=epoch,
+        segments=tuple(segments),
+        block_changes=tuple(changes),
+        grammar_mask=build_mask(
+            [(chunk.request.grammar if chunk.samples else None, chunk.draft_ids) for chunk in chunks],
+            vocab_size,
+        ),
+    )
 
 
 def _logits_wanted(request: RunningRequest, start: int, has_drafts: bool, samples: bool) -> LogitsWanted:

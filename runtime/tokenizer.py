@@ -106,6 +106,11 @@ class Tokenizer:
         return () if own is None else (own,)
 
     @property
+    def chat_source(self) -> str | None:
+        """The chat template as it is written, if there is one."""
+        return None if self._chat is None else self._chat.source
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat is not None
 
@@ -128,6 +133,10 @@ class Tokenizer:
                 "Send well-formed UTF-8.",
             ) from error
         return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def as_json(self) -> str:
+        """The tokenizer as the text of a `tokenizer.json`."""
+        return str(self._backend.to_str())
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`. Bytes that are no UTF-8 become U+FFFD."""

@@ -158,7 +158,10 @@ class SimulatedExecutor:
         for change in plan.block_changes:
             self._rows[change.row].tables[change.group][change.index] = change.block
         touched: dict[tuple[int, int], _Row] = {}
-        rows = tuple(self._run(segment, touched) for segment in plan.segments)
+        rows = tuple(
+            self._run(segment, touched, mask)
+            for segment, mask in zip(plan.segments, plan.masks(), strict=True)
+        )
         self.num_tokens_run += plan.num_tokens
         self._num_tickets += 1
         result = StepResult(step_id=plan.step_id, epoch=plan.epoch, rows=rows)
@@ -188,7 +191,9 @@ class SimulatedExecutor:
         self._rows.clear()
         self._open.clear()
 
-    def _run(self, segment: Segment, touched: dict[tuple[int, int], _Row]) -> RowResult:
+    def _run(
+        self, segment: Segment, touched: dict[tuple[int, int], _Row], mask: NDArray[np.uint32] | None
+    ) -> RowResult:
         row = self._rows[segment.row]
         if row.has_failed:
             return RowResult(row=segment.row, finite=False)
@@ -211,7 +216,7 @@ class SimulatedExecutor:
             return RowResult(row=segment.row, prompt_logprobs=prompt_logprobs)
         history = History(token_ids=row.token_ids, num_prompt_tokens=row.entry.num_prompt_tokens)
         result = sample_segment(
-            segment.row, logits[known - 1 :], row.entry.sampling, history, segment.draft_ids
+            segment.row, logits[known - 1 :], row.entry.sampling, history, segment.draft_ids, mask
         )
         row.token_ids.extend(result.token_ids)
         row.has_failed = not result.finite

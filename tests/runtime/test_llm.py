@@ -236,7 +236,7 @@ def test_without_a_tokenizer_ids_go_in_and_out():
         assert len(output.token_ids) > 0
         with pytest.raises(RequestError, match="without a tokenizer"):
             bare.generate("text")
-        with pytest.raises(RequestError, match="A stop in text was given"):
+        with pytest.raises(RequestError, match="The request has a stop in text"):
             bare.generate([3], SamplingParams(stop="x"))
 
 

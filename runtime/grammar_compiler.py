@@ -1,0 +1,160 @@
+"""Grammars through the llguidance library: JSON schemas, regular expressions, choices and Lark grammars as
+token masks. The one file that knows the library."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..spec.errors import RequestError, TargetError
+from .grammar import Mask
+from .structured import StructuredOutput
+from .tokenizer import Tokenizer
+
+# Blanks between the tokens of JSON: one, or a line end with an indent. Without a bound, a model that does
+# not know JSON may write blanks for ever.
+WHITESPACE = r"[ ]|\r?\n[ \t]{0,32}"
+_WORD_BITS = 32
+
+
+class GrammarCompiler:
+    """Compiles what requests ask for, for one tokenizer and a model of `vocab_size` tokens that ends its
+    texts with `end_ids`. The library is imported and the vocabulary read at the first use. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]) -> None:
+        self._source = tokenizer
+        self._vocab_size = vocab_size
+        self._end_ids = list(end_ids)
+        self._lock = threading.Lock()
+        self._library: Any = None
+        self._tokens: Any = None
+
+    def compile(self, wanted: StructuredOutput) -> LlguidanceGrammar:
+        """RequestError saying what in `wanted` cannot be used; TargetError without the library."""
+        with self._lock:
+            self._load()
+            tokens, matcher_type = self._tokens, self._library.LLMatcher
+        text = _as_grammar(wanted, matcher_type)
+        is_error, messages = matcher_type.validate_grammar_with_warnings(text, tokens)
+        matcher = None if is_error else matcher_type(tokens, text, log_level=0)
+        if matcher is None or matcher.is_error():
+            why = messages[0] if messages else str(matcher.get_error())  # pyright: ignore[reportOptionalMemberAccess]
+            raise _refused(wanted.kind, why)
+        return LlguidanceGrammar(matcher, self._vocab_size)
+
+    def _load(self) -> None:
+        if self._library is not None:
+            return
+        try:
+            import llguidance
+        except ModuleNotFoundError as error:
+            raise TargetError(
+                "target.missing_library",
+                "Structured output needs the library llguidance.",
+                "It is not installed in this environment.",
+                "Install it with `pip install 'llmc-compiler[serve]'`.",
+            ) from error
+        size = max(self._vocab_size, self._source.vocab_size)
+        # The library wants an end token: a model without one gets a token that no mask has room for.
+        ends = self._end_ids or [size]
+        self._tokens = llguidance.LLTokenizer(
+            self._source.as_json(), n_vocab=size + (not self._end_ids), eos_token=ends
+        )
+        self._library = llguidance
+
+
+class LlguidanceGrammar:
+    """`runtime.grammar.Grammar` over a matcher before its first token."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def start(self) -> LlguidanceState:
+        return LlguidanceState(self._matcher.deep_copy(), self._vocab_size)
+
+
+class LlguidanceState:
+    """`runtime.grammar.GrammarState` over one matcher. The matcher never raises: it falls into a state of
+    error and stays there."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._tail = np.uint32((1 << (vocab_size % _WORD_BITS or _WORD_BITS)) - 1)
+        self._is_over = False
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_over
+
+    @property
+    def error(self) -> str | None:
+        if not self._matcher.is_error():
+            return None
+        return "The grammar cannot go on: " + _one_line(self._matcher.get_error())
+
+    def fill(self, mask: Mask, draft_ids: Sequence[int] = ()) -> None:
+        self._fill_row(mask[0])
+        for index, token_id in enumerate(draft_ids):
+            self._matcher.consume_token(token_id)
+            self._fill_row(mask[index + 1])
+        if draft_ids:
+            self._matcher.rollback(len(draft_ids))
+
+    def count_allowed(self, draft_ids: Sequence[int]) -> int:
+        return int(self._matcher.validate_tokens(list(draft_ids)))
+
+    def forced(self) -> tuple[int, ...]:
+        return tuple(self._matcher.compute_ff_tokens())
+
+    def accept(self, token_id: int) -> None:
+        self._matcher.consume_token(token_id)
+        self._is_over = bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    def _fill_row(self, row: NDArray[np.uint32]) -> None:
+        """The library's mask covers its own vocabulary, which may be larger than the model's."""
+        allowed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)
+        if self._matcher.is_error():
+            row[:] = 0
+            return
+        row[:] = allowed[: row.size]
+        row[-1] &= self._tail
+
+
+def _as_grammar(wanted: StructuredOutput, matcher_type: Any) -> str:
+    """`wanted` in the library's own notation."""
+    if wanted.regex is not None:
+        return str(matcher_type.grammar_from_regex(wanted.regex))
+    if wanted.grammar is not None:
+        return str(matcher_type.grammar_from_lark(wanted.grammar))
+    if wanted.choice:
+        alternatives = " | ".join(json.dumps(each, ensure_ascii=False) for each in wanted.choice)
+        return str(matcher_type.grammar_from_lark(f"start: {alternatives}"))
+    schema: object = {"type": "object"} if wanted.json_schema is None else json.loads(wanted.json_schema)
+    if schema is False:
+        raise _refused("json_schema", "The schema false allows no answer")
+    options = {"whitespace_pattern": WHITESPACE}
+    source = json.dumps({} if schema is True else schema)
+    try:
+        return str(matcher_type.grammar_from_json_schema(source, overrides=options))
+    except ValueError as error:
+        raise _refused("json_schema", str(error)) from error
+
+
+def _refused(kind: str, why: str) -> RequestError:
+    return RequestError(
+        f"request.structured.{kind}",
+        f"The {kind} of structured output cannot be compiled.",
+        f"{_one_line(why).rstrip('.')}.",
+        "Correct it, or do without what it names.",
+    )
+
+
+def _one_line(text: str) -> str:
+    """The message without the state dump that follows it."""
+    return " ".join(text.partition("<state>")[0].split())
