@@ -14,7 +14,7 @@ from torch import fx
 from ...ir.paged import block_table_name, k_cache_name, slots_name, v_cache_name
 from ...ir.program import Program
 from ...spec.arena import Buffer, arena_bytes, place
-from ...spec.cache import CacheLayout
+from ...spec.cache import CacheGroup, CacheLayout
 from ...spec.errors import TargetError
 from .emitter import Emitter
 from .lower.table import lowering_of
@@ -22,7 +22,7 @@ from .matrix import Slot
 from .unit import Unit
 from .value import Symbols, Value, contiguous_strides, symbol_for
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_THREADS = 64
 _CACHE_TYPES = {"float32": "float", "bfloat16": "llmc::bf16"}
 
@@ -61,7 +61,8 @@ def generate(program: Program, *, max_tokens: int, max_logit_rows: int) -> Sourc
         ]
     )
     offsets = {slot.value: slot.offset_bytes for slot in slots}
-    text = _unit_text(program, emitter.unit, offsets, sizes, result, len(emitter.slots.slots))
+    limits = (max_tokens, max_logit_rows, program.spec.vocab_size, program.spec.max_context, MAX_THREADS)
+    text = _unit_text(program, emitter.unit, offsets, sizes, result, len(emitter.slots.slots), limits)
     return Source(
         text=text,
         weight_slots=tuple(emitter.slots.slots.values()),
@@ -146,6 +147,11 @@ def _scratch_text(program: Program, unit: Unit) -> list[str]:
     return [*lines, "  return most;", "}"]
 
 
+def _group_text(group: CacheGroup) -> str:
+    window, chunk = (group.window if group.kind == kind else 0 for kind in ("window", "chunk"))
+    return f"{{{group.page_tokens}, {window}, {chunk}}}"
+
+
 def _unit_text(
     program: Program,
     unit: Unit,
@@ -153,6 +159,7 @@ def _unit_text(
     sizes: dict[str, int],
     result: str,
     num_weights: int,
+    limits: tuple[int, ...],
 ) -> str:
     assert program.cache is not None
     groups = program.cache.groups
@@ -194,9 +201,12 @@ def _unit_text(
         "",
         *_scratch_text(program, unit),
         "",
+        f"constexpr llmc::StepLimits kLimits{{{', '.join(map(str, limits))}}};",
+        f"constexpr llmc::GroupLimits kGroups[] = {{{', '.join(map(_group_text, groups))}}};",
+        "",
         "}  // namespace",
         "",
-        f"LLMC_EXPORT_STEP(Step, run_step, scratch_bytes, {ABI_VERSION})",
+        f"LLMC_EXPORT_STEP(Step, run_step, scratch_bytes, kLimits, kGroups, {ABI_VERSION})",
         "",
     ]
     return "\n".join(lines)

@@ -5,6 +5,7 @@
 
 #include "isa.hpp"
 #include "pool.hpp"
+#include "sample_step.hpp"
 
 LLMC_BEGIN
 
@@ -24,19 +25,94 @@ struct Step {
   char* arena;
   char* scratch;  // of attention kernels: `llmc_scratch_bytes` bytes
   float* logits;
+  SampleJob* jobs;
+  int64_t num_jobs;
+  char* sample_scratch;  // `llmc_sample_scratch_bytes` bytes, zeroed once
 };
+
+// What a unit was generated for.
+struct StepLimits {
+  int64_t tokens, logit_rows, vocab, context, threads;
+};
+// What queries of one cache group can see: all before them, or a window or chunk of tokens (0: none).
+struct GroupLimits {
+  int64_t page_tokens, window, chunk;
+};
+
+// Why a step cannot run. runtime/executors/cpu_library.py gives these words.
+enum StepFault : int32_t {
+  kFits = 0, kFieldCount, kSizes, kQueryStarts, kTokenIds, kPositions, kLogitRows, kBlockTable, kSlots, kJobs,
+};
+
+// Whether the ids, positions and rows of a step are ones that its kernels may follow.
+template <class StepType>
+LLMC_KERNEL StepFault check_rows(const StepType& s, const StepLimits& most) {
+  const bool counts = s.T >= 0 && s.L >= 0 && s.S >= 0 && s.Q == s.S + 1 && s.num_jobs >= 0;
+  if (!counts || s.T > most.tokens || s.L > most.logit_rows || s.S > most.tokens) return kSizes;
+  if (s.query_starts[0] != 0 || s.query_starts[s.S] != s.T) return kQueryStarts;
+  for (int64_t i = 0; i < s.S; ++i)
+    if (s.query_starts[i + 1] <= s.query_starts[i]) return kQueryStarts;
+  for (int64_t t = 0; t < s.T; ++t)
+    if (s.input_ids[t] < 0 || s.input_ids[t] >= most.vocab) return kTokenIds;
+  for (int64_t i = 0; i < s.S; ++i)
+    for (int64_t t = s.query_starts[i]; t < s.query_starts[i + 1]; ++t) {
+      const int64_t before = t > s.query_starts[i] ? s.positions[t - 1] : s.positions[t] - 1;
+      if (s.positions[t] < 0 || s.positions[t] >= most.context || s.positions[t] != before + 1) return kPositions;
+    }
+  for (int64_t i = 0; i < s.L; ++i)
+    if (s.out_rows[i] < 0 || s.out_rows[i] >= s.T) return kLogitRows;
+  for (int64_t i = 0; i < s.num_jobs; ++i)
+    if (!job_fits(s.jobs[i], s.L, most.vocab)) return kJobs;
+  return kFits;
+}
+
+// The same of the pages of one group: every page that a query sees, and every slot written.
+template <class StepType>
+LLMC_KERNEL StepFault check_pages(const StepType& s, int group, const GroupLimits& limits) {
+  const int64_t page = limits.page_tokens, width = s.B[group], pages = s.P[group];
+  if (width < 0 || pages < 0) return kSizes;
+  for (int64_t i = 0; i < s.S; ++i) {
+    const int64_t first = s.positions[s.query_starts[i]], last = s.positions[s.query_starts[i + 1] - 1];
+    int64_t oldest = 0;
+    if (limits.window) oldest = first - limits.window + 1 > 0 ? first - limits.window + 1 : 0;
+    if (limits.chunk) oldest = first / limits.chunk * limits.chunk;
+    if (last / page >= width) return kBlockTable;
+    for (int64_t j = oldest / page; j <= last / page; ++j) {
+      const int64_t entry = s.block_table[group][i * width + j];
+      if (entry < 0 || entry >= pages) return kBlockTable;
+    }
+  }
+  for (int64_t t = 0; t < s.T; ++t)
+    if (s.slots[group][t] < -1 || s.slots[group][t] >= pages * page) return kSlots;
+  return kFits;
+}
+
+template <class StepType, int kGroups>
+LLMC_INLINE StepFault check_step(const StepType& s, const StepLimits& most, const GroupLimits (&groups)[kGroups]) {
+  StepFault fault = check_rows(s, most);
+  for (int group = 0; group < kGroups && fault == kFits; ++group) fault = check_pages(s, group, groups[group]);
+  return fault;
+}
 
 LLMC_END
 
-// The C ABI of a generated unit. `open` starts an engine's threads; `step` runs one step on them and returns
-// 0, or -1 when `count` is not the number of fields that this unit expects.
-#define LLMC_EXPORT_STEP(StepType, step_body, scratch_bytes, version)                                \
+// The C ABI of a generated unit. `open` starts an engine's threads (null: the system refused memory or threads);
+// `step` runs one step on them and returns 0, or the `StepFault` for which it did nothing.
+#define LLMC_EXPORT_STEP(StepType, step_body, scratch_bytes, limits, groups, version)                \
   extern "C" __attribute__((visibility("default"))) int32_t llmc_abi_version() { return version; }   \
   extern "C" __attribute__((visibility("default"))) int64_t llmc_scratch_bytes(int32_t threads) {    \
     return scratch_bytes(threads);                                                                   \
   }                                                                                                  \
+  extern "C" __attribute__((visibility("default"))) int64_t llmc_sample_scratch_bytes(               \
+      int32_t threads) {                                                                             \
+    return threads * (int64_t)llmc::sample_scratch_bytes(limits.vocab);                              \
+  }                                                                                                  \
   extern "C" __attribute__((visibility("default"))) void* llmc_open(int32_t threads) {               \
-    return new llmc::Pool(threads);                                                                  \
+    if (threads < 1 || threads > limits.threads) return nullptr;                                     \
+    llmc::Pool* pool = new (std::nothrow) llmc::Pool(threads);                                       \
+    if (pool && pool->ok()) return pool;                                                             \
+    delete pool;                                                                                     \
+    return nullptr;                                                                                  \
   }                                                                                                  \
   extern "C" __attribute__((visibility("default"))) void llmc_close(void* engine) {                  \
     delete (llmc::Pool*)engine;                                                                      \
@@ -44,11 +120,16 @@ LLMC_END
   extern "C" __attribute__((visibility("default"))) int32_t llmc_step(void* engine,                  \
                                                                       const int64_t* fields,         \
                                                                       int64_t count) {               \
-    if (count * 8 != (int64_t)sizeof(StepType)) return -1;                                           \
+    if (count * 8 != (int64_t)sizeof(StepType)) return llmc::kFieldCount;                            \
     const StepType& step = *(const StepType*)fields;                                                 \
+    if (step.NT != ((llmc::Pool*)engine)->threads()) return llmc::kSizes;                            \
+    const llmc::StepFault fault = llmc::check_step(step, limits, groups);                            \
+    if (fault != llmc::kFits || step.T == 0) return fault;                                           \
     ((llmc::Pool*)engine)->run([&](int tid, int nt, llmc::Barrier& barrier) {                        \
       llmc::FlushDenormals flush;                                                                    \
-      step_body(step, tid, nt, barrier);                                                                \
+      step_body(step, tid, nt, barrier);                                                             \
+      llmc::run_jobs(tid, nt, step.jobs, step.num_jobs, step.logits, limits.vocab,                   \
+                     step.sample_scratch);                                                           \
     });                                                                                              \
     return 0;                                                                                        \
   }

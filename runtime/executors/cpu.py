@@ -14,6 +14,7 @@ from ..memory import available_memory_bytes
 from ..page_budget import CacheDemand, num_pages
 from ..protocol import ExecutorCaps
 from .cpu_model import CpuModel
+from .cpu_sampling import CpuSampled
 from .stepped import SteppedExecutor
 
 
@@ -29,6 +30,14 @@ def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
 
 def open_level(artifact: Artifact, unit: CpuUnit, level: str, config: RuntimeConfig) -> SteppedExecutor:
     """The executor with the library of one ISA level, which must run on this processor."""
+    model, caps = open_model(artifact, unit, level, config)
+    return SteppedExecutor(CpuSampled(model), caps)
+
+
+def open_model(
+    artifact: Artifact, unit: CpuUnit, level: str, config: RuntimeConfig
+) -> tuple[CpuModel, ExecutorCaps]:
+    """The generated code of one ISA level with its weights and caches, and what an executor of it offers."""
     spec, layout = artifact.manifest.spec, artifact.manifest.cache
     max_model_len = min(config.max_model_len or spec.max_context, spec.max_context)
     max_step_tokens = min(config.max_step_tokens, unit.max_tokens)
@@ -58,7 +67,7 @@ def open_level(artifact: Artifact, unit: CpuUnit, level: str, config: RuntimeCon
         num_blocks=pages,
         details={"level": level, "threads": str(threads)},
     )
-    return SteppedExecutor(model, caps)
+    return model, caps
 
 
 def runnable_levels(unit: CpuUnit, features: frozenset[str]) -> list[str]:

@@ -3,22 +3,71 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...spec.errors import ArtifactError, InternalError
+from ...spec.errors import ArtifactError, InternalError, TargetError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 Array = NDArray[Any]
+# What `StepFault` in kernels/cpu/step.hpp says is wrong, by its number.
+_FAULTS = (
+    "",
+    "it expects another number of inputs",
+    "its sizes are beyond those it was generated for",
+    "its sequences do not follow each other",
+    "a token id lies outside of the vocabulary",
+    "the positions of a sequence are not consecutive, or beyond the context",
+    "a row whose logits are wanted is none of the step's",
+    "a page that a query sees is not in the cache",
+    "a slot lies outside of the cache",
+    "what is to be sampled does not fit the step",
+)
+# One `SampleJob` of kernels/cpu/sample_step.hpp.
+SAMPLE_JOB = np.dtype(
+    [
+        ("temperature", "f4"),
+        ("repetition_penalty", "f4"),
+        ("presence_penalty", "f4"),
+        ("frequency_penalty", "f4"),
+        ("min_p", "f8"),
+        ("top_p", "f8"),
+        ("seed", "u8"),
+        ("top_k", "i8"),
+        ("min_tokens", "i8"),
+        ("tokens", "i8"),
+        ("num_tokens", "i8"),
+        ("num_prompt_tokens", "i8"),
+        ("banned", "i8"),
+        ("num_banned", "i8"),
+        ("bias_ids", "i8"),
+        ("biases", "i8"),
+        ("num_biases", "i8"),
+        ("mask", "i8"),
+        ("logits_row", "i8"),
+        ("known", "i8"),
+        ("wants_logprob", "i8"),
+        ("num_top", "i8"),
+        ("finite", "i8"),
+        ("token", "i8"),
+        ("rank", "i8"),
+        ("num_found", "i8"),
+        ("logprob", "f8"),
+        ("top", "i8"),
+        ("top_logprobs", "i8"),
+    ]
+)
+NO_JOBS = np.empty(0, SAMPLE_JOB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepArrays:
-    """What changes from step to step: int64 arrays (contiguous), and where the logits go."""
+    """What changes from step to step: int64 arrays (contiguous), where the logits go, and what is made of
+    them: an array of SAMPLE_JOB, whose results are filled in."""
 
     input_ids: Array
     positions: Array
@@ -27,6 +76,7 @@ class StepArrays:
     block_tables: tuple[Array, ...]
     slots: tuple[Array, ...]
     logits: Array
+    jobs: Array = field(default_factory=lambda: NO_JOBS)
 
 
 class CpuLibrary:
@@ -61,11 +111,23 @@ class CpuLibrary:
         self._tail += [_address(weight) for weight in weights] or [0]
         scratch = aligned_empty(self._library.llmc_scratch_bytes(num_threads))
         self._tail += [_address(arena), _address(scratch)]
-        self._alive = (caches, weights, arena, scratch)
+        sample_scratch = aligned_zeros(self._library.llmc_sample_scratch_bytes(num_threads))
+        self._sample_scratch = _address(sample_scratch)
+        self._alive = (caches, weights, arena, scratch, sample_scratch)
         self._engine: int | None = self._library.llmc_open(num_threads)
+        if self._engine is None:
+            raise TargetError(
+                "cpu.no_threads",
+                f"The engine's {num_threads} threads could not be started.",
+                "The system refused them: a limit on processes or memory is reached.",
+                "Ask for fewer threads, or raise the limit (`ulimit -u`).",
+            )
 
     def step(self, arrays: StepArrays) -> None:
-        """Run one step; `arrays.logits` is filled."""
+        """Run one step; `arrays.logits` and the results of `arrays.jobs` are filled.
+
+        Raises InternalError for ids, positions, pages or rows that generated code would not survive.
+        """
         if self._engine is None:
             raise InternalError(
                 "runtime.cpu_closed",
@@ -80,13 +142,22 @@ class CpuLibrary:
         fields += [_address(array) for array in (*whole, *arrays.block_tables, *arrays.slots)]
         fields += [table.shape[1] for table in arrays.block_tables]
         fields += [*self._num_pages, *self._tail, _address(arrays.logits)]
+        fields += [_address(arrays.jobs), len(arrays.jobs), self._sample_scratch]
         packed = (ctypes.c_int64 * len(fields))(*fields)
-        if self._library.llmc_step(self._engine, packed, len(fields)) != 0:
+        fault = self._library.llmc_step(self._engine, packed, len(fields))
+        if fault == 1:
             raise ArtifactError(
                 "artifact.cpu_fields",
                 "The generated code does not fit its description.",
                 f"It expects another number of inputs than the {len(fields)} it was given.",
                 "Compile the model again.",
+            )
+        if fault:
+            raise InternalError(
+                "runtime.cpu_step",
+                "The generated code refused a step.",
+                f"Nothing was computed: {_FAULTS[fault]}.",
+                "Report this with the request mix that led to it.",
             )
 
     def close(self) -> None:
@@ -100,6 +171,8 @@ class CpuLibrary:
         library.llmc_abi_version.restype = ctypes.c_int32
         library.llmc_scratch_bytes.restype = ctypes.c_int64
         library.llmc_scratch_bytes.argtypes = [ctypes.c_int32]
+        library.llmc_sample_scratch_bytes.restype = ctypes.c_int64
+        library.llmc_sample_scratch_bytes.argtypes = [ctypes.c_int32]
         library.llmc_open.restype = ctypes.c_void_p
         library.llmc_open.argtypes = [ctypes.c_int32]
         library.llmc_close.argtypes = [ctypes.c_void_p]
@@ -110,6 +183,13 @@ class CpuLibrary:
 def _address(array: Array) -> int:
     assert array.flags.c_contiguous
     return int(array.ctypes.data)
+
+
+def aligned_zeros(num_bytes: int, alignment: int = 64) -> NDArray[np.uint8]:
+    """Zeros at an aligned address; the system gives a page when it is first touched."""
+    raw = np.zeros(num_bytes + alignment, dtype=np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + num_bytes]
 
 
 def aligned_empty(num_bytes: int, alignment: int = 64) -> NDArray[np.uint8]:

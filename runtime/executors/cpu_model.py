@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from ...artifact.cpu import CpuUnit
 from ...spec.cache import CacheGroup, CacheLayout
 from ...spec.errors import InternalError
 from ..protocol import BlockCopy
-from .cpu_library import CpuLibrary, StepArrays, aligned_empty
+from .cpu_library import NO_JOBS, CpuLibrary, StepArrays, aligned_empty
 from .tiles import SequencePart, TileLogits, split_tiles
 
+Jobs = NDArray[Any]  # of cpu_library.SAMPLE_JOB
+Owner = tuple[int, int]
 # Kernels prefetch and load whole vectors beyond the end of a packed matrix.
 _SLACK_BYTES = 8192
 _HUGE_PAGE = 2 << 20
@@ -74,14 +76,20 @@ class CpuModel:
 
     def run(self, sequences: Sequence[SequencePart]) -> Iterator[TileLogits]:
         """Run one step, in as few calls as its bounds allow, writing K and V of every token; yields the
-        logits that `wanted` of each sequence asks for as they come."""
+        logits that `wanted` of each sequence asks for as they come, in memory that the next call reuses."""
+        yield from self.run_jobs(sequences, lambda owners: NO_JOBS)
+
+    def run_jobs(
+        self, sequences: Sequence[SequencePart], jobs_of: Callable[[tuple[Owner, ...]], Jobs]
+    ) -> Iterator[TileLogits]:
+        """The same; each call carries out the jobs that `jobs_of` gives for the owners of its logits."""
         num_wanted = sum(len(sequence.wanted) for sequence in sequences)
         size = self._unit.max_tokens if num_wanted <= self._unit.max_logit_rows else self._unit.max_logit_rows
         for tile in split_tiles(sequences, size):
             parts = [part for _, _, part in tile]
             owners = tuple((index, offset + token) for index, offset, part in tile for token in part.wanted)
             logits = self._logits[: len(owners)]
-            self._library.step(step_arrays(self._layout, parts, logits))
+            self._library.step(step_arrays(self._layout, parts, logits, jobs_of(owners)))
             if owners:
                 yield TileLogits(owners=owners, logits=logits)
 
@@ -98,7 +106,7 @@ class CpuModel:
 
 
 def step_arrays(
-    layout: CacheLayout, sequences: Sequence[SequencePart], logits: NDArray[np.float32]
+    layout: CacheLayout, sequences: Sequence[SequencePart], logits: NDArray[np.float32], jobs: Jobs
 ) -> StepArrays:
     """The inputs of one step: rows of a sequence are contiguous, in the order given."""
     starts = [0, *accumulate(len(sequence.token_ids) for sequence in sequences)]
@@ -123,6 +131,7 @@ def step_arrays(
             _slots(group, table, positions, owner) for group, table in zip(layout.groups, tables, strict=True)
         ),
         logits=logits,
+        jobs=jobs,
     )
 
 

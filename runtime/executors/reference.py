@@ -25,7 +25,7 @@ from ..page_budget import CacheDemand, num_pages
 from ..protocol import ExecutorCaps
 from .reference_model import ReferenceModel
 from .reference_products import Products
-from .stepped import SteppedExecutor
+from .stepped import OracleSampled, SteppedExecutor
 
 # Dequantised weights are kept while they take no more than this share of the memory that is available.
 _DENSE_SHARE = 0.5
@@ -114,7 +114,7 @@ def make_executor(
         num_blocks=pages,
         details={"dtype": source.spec.compute_dtype, "threads": str(threads)},
     )
-    return SteppedExecutor(model, caps)
+    return SteppedExecutor(OracleSampled(model), caps)
 
 
 def _torch_dtype(name: str) -> torch.dtype:

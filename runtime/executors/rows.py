@@ -10,6 +10,7 @@ from ...spec.cache import CacheLayout
 from ...spec.errors import InternalError
 from ..protocol import LogitsWanted, RowEntry, RowResult, Segment, TokenLogprob
 from ..sampling import History, is_finite, sample_segment, token_logprob
+from .tiles import SequencePart
 
 Logits = NDArray[np.float32]
 
@@ -30,7 +31,8 @@ class Row:
 
 
 class SegmentOutput:
-    """Collects the logits of one segment and turns them into its result.
+    """What a segment asks for; collects its logits and turns them into its result, where the model does
+    not sample itself.
 
     Of a long prompt only logprobs are kept, never its logits. Raises InternalError for a segment that
     does not fit its row.
@@ -44,8 +46,8 @@ class SegmentOutput:
         reaches_end = segment.start + num_known == len(row.token_ids)
         self._check(segment, known, num_known, reaches_end)
         self.token_ids = [*known, *segment.draft_ids]
-        self._first_sample = num_known - 1
-        self._samples = reaches_end and segment.logits is not LogitsWanted.NONE
+        self.first_sample = num_known - 1
+        self.samples = reaches_end and segment.logits is not LogitsWanted.NONE
         self._logits: list[Logits] = []
         self._prompt_logprobs: list[TokenLogprob] = []
         self._is_finite = True
@@ -56,25 +58,45 @@ class SegmentOutput:
         count = len(self.token_ids)
         if self.segment.logits is LogitsWanted.NONE:
             return range(0)
-        return range(0 if self.segment.logits is LogitsWanted.PROMPT else self._first_sample, count)
+        return range(0 if self.segment.logits is LogitsWanted.PROMPT else self.first_sample, count)
+
+    @property
+    def sequence(self) -> SequencePart:
+        """What the model computes for it."""
+        return SequencePart(
+            start=self.segment.start,
+            token_ids=self.token_ids,
+            block_tables=self.row.tables,
+            wanted=self.wanted,
+        )
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the known token behind each position gets a logprob."""
+        return self.segment.logits is LogitsWanted.PROMPT
+
+    def following(self, token: int) -> int | None:
+        """The row's known token behind one of this segment's."""
+        position = self.segment.start + token + 1
+        return self.row.token_ids[position] if position < len(self.row.token_ids) else None
 
     def take(self, token: int, logits: Logits) -> None:
         """Accepts the logits `[vocab]` at one of `wanted`, in ascending order."""
-        if self.segment.logits is LogitsWanted.PROMPT:
+        if self.scores_prompt:
             self._is_finite = self._is_finite and is_finite(logits)
-            following = self.segment.start + token + 1
-            if self._is_finite and following < len(self.row.token_ids):
+            following = self.following(token)
+            if self._is_finite and following is not None:
                 num_top = self.row.entry.sampling.logprobs or 0
-                self._prompt_logprobs.append(token_logprob(logits, self.row.token_ids[following], num_top))
-        if self._samples and token >= self._first_sample:
+                self._prompt_logprobs.append(token_logprob(logits, following, num_top))
+        if self.samples and token >= self.first_sample:
             self._logits.append(logits)
 
     def result(self, mask: NDArray[np.uint32] | None) -> RowResult:
-        """Samples what the segment asks for. `mask` is `[1 + drafts, words]` or None."""
+        """Samples what the segment asks for, by the oracle. `mask` is `[1 + drafts, words]` or None."""
         prompt_logprobs = tuple(self._prompt_logprobs)
         if not self._is_finite:
             return RowResult(row=self.segment.row, finite=False)
-        if not self._samples:
+        if not self.samples:
             return RowResult(row=self.segment.row, prompt_logprobs=prompt_logprobs)
         entry = self.row.entry
         history = History(token_ids=self.row.token_ids, num_prompt_tokens=entry.num_prompt_tokens)

@@ -1,5 +1,5 @@
-"""An executor over a model that runs one step at a time: rows, tickets, sampling with the oracle sampler.
-Knows the executor protocol; what a step computes is the model's."""
+"""An executor over a model that runs one step at a time: rows and tickets.
+Knows the executor protocol; what a step computes and samples is the model's."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...spec.errors import InternalError
-from ..protocol import BlockCopy, Drafts, ExecutorCaps, RowDiff, Segment, StepPlan, StepResult, Ticket
+from ..protocol import BlockCopy, Drafts, ExecutorCaps, RowDiff, RowResult, StepPlan, StepResult, Ticket
 from .rows import Row, SegmentOutput
 from .tiles import SequencePart, TileLogits
 
+Mask = NDArray[np.uint32]
+
 
 class StepModel(Protocol):
-    """What computes: a program with its weights and caches. A token's logits depend on its own sequence
-    alone, to the bit."""
+    """What computes and samples: a program with its weights and caches. What a token's segment gives depends
+    on its own sequence alone, to the bit."""
 
-    def run(self, sequences: Sequence[SequencePart]) -> Iterator[TileLogits]:
-        """Computes one step, writing K and V of every token; yields the wanted logits as they come."""
+    def results(self, outputs: Sequence[SegmentOutput], masks: Sequence[Mask | None]) -> list[RowResult]:
+        """Computes one step, writing K and V of every token; gives what each segment asks for. A mask is
+        `[1 + drafts, words]`."""
         ...
 
     def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
@@ -30,6 +33,41 @@ class StepModel(Protocol):
     def close(self) -> None:
         """Releases everything. Idempotent."""
         ...
+
+
+class LogitsModel(Protocol):
+    """What computes logits."""
+
+    def run(self, sequences: Sequence[SequencePart]) -> Iterator[TileLogits]:
+        """Computes one step, writing K and V of every token; yields the wanted logits as they come."""
+        ...
+
+    def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
+        """As `StepModel` has it."""
+        ...
+
+    def close(self) -> None:
+        """As `StepModel` has it."""
+        ...
+
+
+class OracleSampled:
+    """A `StepModel` that samples with the oracle from the logits of a `LogitsModel`."""
+
+    def __init__(self, model: LogitsModel) -> None:
+        self._model = model
+
+    def results(self, outputs: Sequence[SegmentOutput], masks: Sequence[Mask | None]) -> list[RowResult]:
+        for tile in self._model.run([output.sequence for output in outputs]):
+            for (index, token), logits in zip(tile.owners, tile.logits, strict=True):
+                outputs[index].take(token, logits)
+        return [output.result(mask) for output, mask in zip(outputs, masks, strict=True)]
+
+    def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
+        self._model.copy_pages(copies)
+
+    def close(self) -> None:
+        self._model.close()
 
 
 class SteppedExecutor:
@@ -61,9 +99,8 @@ class SteppedExecutor:
         for change in plan.block_changes:
             self._row(change.row).set_page(change.group, change.index, change.block)
         self._model.copy_pages(plan.block_copies)
-        outputs = self._run(plan.segments)
-        masks = _split_masks(plan)
-        results = tuple(output.result(mask) for output, mask in zip(outputs, masks, strict=True))
+        outputs = [SegmentOutput(segment, self._row(segment.row)) for segment in plan.segments]
+        results = tuple(self._model.results(outputs, _split_masks(plan)))
         for segment, result in zip(plan.segments, results, strict=True):
             self._rows[segment.row].token_ids.extend(result.token_ids)
         self._num_tickets += 1
@@ -90,29 +127,12 @@ class SteppedExecutor:
         self._rows.clear()
         self._done.clear()
 
-    def _run(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
-        """Computes all tokens of a step; each segment keeps of its logits what it needs."""
-        outputs = [SegmentOutput(segment, self._row(segment.row)) for segment in segments]
-        sequences = [
-            SequencePart(
-                start=output.segment.start,
-                token_ids=output.token_ids,
-                block_tables=output.row.tables,
-                wanted=output.wanted,
-            )
-            for output in outputs
-        ]
-        for tile in self._model.run(sequences):
-            for (index, token), logits in zip(tile.owners, tile.logits, strict=True):
-                outputs[index].take(token, logits)
-        return outputs
-
     def _row(self, row: int) -> Row:
         _expect(row in self._rows, f"row {row} is empty")
         return self._rows[row]
 
 
-def _split_masks(plan: StepPlan) -> list[NDArray[np.uint32] | None]:
+def _split_masks(plan: StepPlan) -> list[Mask | None]:
     """The mask rows of each segment."""
     if plan.grammar_mask is None:
         return [None] * len(plan.segments)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import fx
 
+from llmc.compiler.driver import compile_model
 from llmc.ir import ops
 from llmc.ir.infer import infer
 from llmc.ir.paged import paged_inputs
@@ -250,3 +251,11 @@ def build_llama():
     return lambda folder, **changes: Builder(
         llama_shape(folder, **changes), stored=load_file(folder / "model.safetensors")
     ).build()
+
+
+@pytest.fixture(scope="session")
+def cpu_artifact(tmp_path_factory, stories_1m):
+    """The bundled draft in float32 with int8 weights: near-ties apart, targets agree on every token."""
+    path = tmp_path_factory.mktemp("cpu") / "draft.llmc"
+    compile_model(stories_1m, output=path, target="cpu", quant="int8", dtype="float32", verify="off")
+    return path

@@ -30,13 +30,11 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory, stories_1m):
-    """The bundled draft in float32, int8 weights: near-ties apart, targets agree on every token."""
-    path = tmp_path_factory.mktemp("cpu") / "draft.llmc"
+def artifact(cpu_artifact, stories_1m):
+    """The artifact, and beside it the same for the reference target."""
     options = {"quant": "int8", "dtype": "float32", "verify": "off"}
-    compile_model(stories_1m, output=path, target="cpu", **options)
-    compile_model(stories_1m, output=path.with_name("reference.llmc"), target="reference", **options)
-    return path
+    compile_model(stories_1m, output=cpu_artifact.with_name("reference.llmc"), target="reference", **options)
+    return cpu_artifact
 
 
 def tokens(llm, prompts, params):
