@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made and whether it fits; load no weights.")
+@click.option("--cache/--no-cache", default=True, help="Reuse results of earlier compiles, or none.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), help="Write the program after each pass there.")
 @with_output
 def compile_command(output: Output, model: str, path: Path | None, **options: Any) -> None:
@@ -52,6 +53,8 @@ def _summary(result: CompileResult) -> str:
     if result.quality is not None:
         lines.append(("quality", result.quality.sentence()))
     lines.append(("memory", result.fit.sentence()))
+    if result.reuse is not None:
+        lines.append(("cache", result.reuse.sentence()))
     lines.append(("time", f"{result.seconds:.1f} s"))
     title = f"{'Would write' if result.dry_run else 'Wrote'} {result.path}"
     return f"{title}\n{table([('  ' + name, value) for name, value in lines])}"

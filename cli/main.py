@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .. import __version__
+from .cache import cache
 from .compile import compile_command
 from .doctor import doctor
 from .failures import run_guarded
@@ -54,5 +55,18 @@ def main() -> None:
     """
 
 
-for _command in (compile_command, generate, serve, verify, inspect, passes, recipe, targets, models, doctor):
+_COMMANDS = (
+    compile_command,
+    cache,
+    generate,
+    serve,
+    verify,
+    inspect,
+    passes,
+    recipe,
+    targets,
+    models,
+    doctor,
+)
+for _command in _COMMANDS:
     main.add_command(_command)

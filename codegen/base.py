@@ -15,8 +15,24 @@ from ..spec.errors import TargetError
 from ..spec.target import Target
 from .programs import WeightProgress
 
-# Target kind -> module with a class `Backend`.
-_BACKENDS = {"cpu": ".cpu.backend", "reference": ".reference.backend"}
+# Target kind -> module with a class `Backend`, made with the target.
+_BACKENDS = {
+    "cpu": ".cpu.backend",
+    "cuda": ".cuda.backend",
+    "onnx": ".onnx.backend",
+    "reference": ".reference.backend",
+}
+
+
+class RecallBytes(Protocol):
+    """Gives the bytes that `compute` makes of `inputs` (all it depends on), computed or remembered."""
+
+    def __call__(self, inputs: tuple[object, ...], label: str, compute: Callable[[], bytes]) -> bytes: ...
+
+
+def compute_bytes(inputs: tuple[object, ...], label: str, compute: Callable[[], bytes]) -> bytes:
+    """A `RecallBytes` that remembers nothing."""
+    return compute()
 
 
 class Backend(Protocol):
@@ -35,8 +51,10 @@ class Backend(Protocol):
         portable: Program,
         writer: ArtifactWriter,
         progress: Callable[[WeightProgress], None] | None = None,
+        cache: RecallBytes = compute_bytes,
     ) -> None:
-        """Writes programs, weights and code, telling `progress` before each weight.
+        """Writes programs, weights and code, telling `progress` before each weight; what takes long to
+        generate is asked of `cache`.
 
         `program` is final, `portable` is what it was before the lay-out stage; both read the same weights
         under the same names, or weights of their own.
@@ -69,4 +87,4 @@ def backend_for(target: Target) -> Backend:
             "Choose one of these with --target.",
         )
     module = import_module(_BACKENDS[target.kind], __package__)
-    return cast("Backend", module.Backend())
+    return cast("Backend", module.Backend(target))

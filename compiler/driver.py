@@ -15,14 +15,17 @@ from ..artifact.writer import ArtifactWriter
 from ..codegen.base import backend_for, default_target
 from ..ir.bands import one_thread
 from ..ir.program import Program
+from ..ir.weights import Reader, WeightStore
 from ..passes.base import PassContext
 from ..passes.bits import bits_per_weight
 from ..runtime.memory import available_memory_bytes
 from .bind import bind_checkpoint
+from .cache.recall import recall_check, recall_trace
+from .cache.session import CompileCache
 from .checkpoint import Checkpoint, open_checkpoint, parse_dtype
 from .finish import finish_artifact, make_manifest
 from .ledger import Ledger, Progress, Silent
-from .pipeline import Compiled, Pipeline, check_on_twin, choose_pipeline, run_pipeline
+from .pipeline import Compiled, Pipeline, check_on_twin, choose_pipeline, is_small, run_pipeline
 from .preflight import check_memory, compile_bytes, fit
 from .quality import Quality
 from .request import CompileRequest
@@ -47,6 +50,7 @@ def compile_model(
     force: bool = False,
     dry_run: bool = False,
     dump_ir: str | Path | None = None,
+    cache: bool = True,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CompileResult:
@@ -71,9 +75,11 @@ def compile_model(
         force=force,
         dry_run=dry_run,
         dump_ir=None if dump_ir is None else Path(dump_ir),
+        cache=cache,
     )
     request.validate()
-    return _compile(request, Ledger(clock, progress or Silent()))
+    with CompileCache(request.cache_config(), clock) as known:
+        return _compile(request, Ledger(clock, progress or Silent()), known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,20 +91,20 @@ class _Opened:
     dtype: torch.dtype
 
 
-def _compile(request: CompileRequest, ledger: Ledger) -> CompileResult:
+def _compile(request: CompileRequest, ledger: Ledger, cache: CompileCache) -> CompileResult:
     opened = _open(request, ledger)
-    bound = _bind(request, opened, ledger)
+    bound = _bind(request, opened, ledger, cache)
     context = _pass_context(request, bound)
     if request.verify == "numerics" and not request.dry_run:
-        with ledger.stage("check a small twin"), one_thread():
-            self_check(opened.checkpoint.config, max_context=request.max_model_len)
-            check_on_twin(opened.checkpoint.config, opened.pipeline, bound, context)
-    with ledger.stage("run passes"):
-        compiled = run_pipeline(opened.pipeline, bound, context, request, ledger)
+        _check_twin(request, opened, bound, context, ledger, cache)
+    with ledger.stage("run passes") as line:
+        compiled = run_pipeline(opened.pipeline, bound, context, request, ledger.progress, cache)
+        known = sum(entry.cached for entry in compiled.passes)
+        line.note = f"{known} of {len(compiled.passes)} known" if known else ""
     backend = backend_for(request.parsed_target)
     needed = backend.estimate_bytes(compiled.final, compiled.portable)
     if request.dry_run:
-        return _result(request, compiled, ledger, size_bytes=needed, quality=None)
+        return _result(request, compiled, ledger, cache, size_bytes=needed, quality=None)
     check_memory(compile_bytes(bound), available_memory_bytes())
     with ArtifactWriter(request.output_path(), force=request.force, needed_bytes=needed) as writer:
         with ledger.stage("write weights"):
@@ -107,11 +113,12 @@ def _compile(request: CompileRequest, ledger: Ledger) -> CompileResult:
                 compiled.portable,
                 writer,
                 lambda weight: ledger.progress.advance(weight.done_bytes, weight.total_bytes, weight.name),
+                cache=cache.recall_bytes,
             )
         quality = finish_artifact(request, opened.checkpoint, compiled, writer, ledger)
         with ledger.stage("hash the source and commit"):
             artifact = writer.commit(make_manifest(request, opened.checkpoint, compiled))
-    return _result(request, compiled, ledger, size_bytes=artifact.size_bytes, quality=quality)
+    return _result(request, compiled, ledger, cache, size_bytes=artifact.size_bytes, quality=quality)
 
 
 def _open(request: CompileRequest, ledger: Ledger) -> _Opened:
@@ -124,13 +131,44 @@ def _open(request: CompileRequest, ledger: Ledger) -> _Opened:
         return _Opened(checkpoint=checkpoint, pipeline=pipeline, dtype=dtype)
 
 
-def _bind(request: CompileRequest, opened: _Opened, ledger: Ledger) -> Program:
-    with ledger.stage("trace"):
-        program = trace_config(
-            opened.checkpoint.config, dtype=opened.dtype, max_context=request.max_model_len
-        )
+def _bind(request: CompileRequest, opened: _Opened, ledger: Ledger, cache: CompileCache) -> Program:
+    checkpoint, limit = opened.checkpoint, request.max_model_len
+
+    def trace() -> Program:
+        return trace_config(checkpoint.config, dtype=opened.dtype, max_context=limit)
+
+    with ledger.stage("trace") as line:
+        program, known = recall_trace(cache, checkpoint.raw_config, (opened.dtype, limit), trace)
+        line.note = "known" if known else ""
     with ledger.stage("bind the weights"):
-        return bind_checkpoint(program, opened.checkpoint)
+        bound = bind_checkpoint(program, checkpoint)
+        weights = WeightStore(bound.weights.entries, bound.weights.ties, Reader(cache))
+        return bound.replace(weights=weights)
+
+
+def _check_twin(
+    request: CompileRequest,
+    opened: _Opened,
+    bound: Program,
+    context: PassContext,
+    ledger: Ledger,
+    cache: CompileCache,
+) -> None:
+    checkpoint, pipeline = opened.checkpoint, opened.pipeline
+
+    def check_family() -> None:
+        self_check(checkpoint.config, max_context=request.max_model_len)
+
+    def check_passes() -> None:
+        check_on_twin(checkpoint.config, pipeline, bound, context)
+
+    with ledger.stage("check a small twin") as line, one_thread():
+        model = (checkpoint.raw_config, request.max_model_len)
+        known = recall_check(cache, ("family", *model), check_family)
+        if not is_small(bound):
+            inputs = ("passes", *model, opened.dtype, pipeline.passes, context)
+            known = recall_check(cache, inputs, check_passes) and known
+        line.note = "known to pass" if known else ""
 
 
 def _pass_context(request: CompileRequest, program: Program) -> PassContext:
@@ -138,7 +176,13 @@ def _pass_context(request: CompileRequest, program: Program) -> PassContext:
 
 
 def _result(
-    request: CompileRequest, compiled: Compiled, ledger: Ledger, *, size_bytes: int, quality: Quality | None
+    request: CompileRequest,
+    compiled: Compiled,
+    ledger: Ledger,
+    cache: CompileCache,
+    *,
+    size_bytes: int,
+    quality: Quality | None,
 ) -> CompileResult:
     return CompileResult(
         path=request.output_path(),
@@ -152,4 +196,5 @@ def _result(
         quality=quality,
         passes=compiled.passes,
         ledger=tuple(ledger.stages),
+        reuse=cache.reuse(),
     )

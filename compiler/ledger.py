@@ -43,6 +43,14 @@ class StageTime:
 
     stage: str
     seconds: float
+    note: str = ""
+
+
+@dataclass(slots=True)
+class StageLine:
+    """A stage while it runs: `note` says how it went, for example what came from a cache."""
+
+    note: str = ""
 
 
 class Ledger:
@@ -55,14 +63,15 @@ class Ledger:
         self._started = clock()
 
     @contextmanager
-    def stage(self, name: str) -> Generator[None]:
+    def stage(self, name: str) -> Generator[StageLine]:
         """Times a block as the stage `name`. A block that raises leaves no line."""
         self.progress.begin(name)
         started = self.clock()
-        yield
+        line = StageLine()
+        yield line
         seconds = self.clock() - started
-        self.stages.append(StageTime(name, seconds))
-        self.progress.end(name, seconds)
+        self.stages.append(StageTime(name, seconds, line.note))
+        self.progress.end(f"{name} ({line.note})" if line.note else name, seconds)
 
     @property
     def total_seconds(self) -> float:

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
+from ..ir.infer import infer
 from ..ir.program import Program
 from ..passes.base import Pass, PassContext, PassReport, Stage
-from ..passes.instruments import NumericContract, TextDump, Timing, Verification
-from ..passes.manager import Instrument, run_passes, until_stage
+from ..passes.instruments import NumericContract, TextDump, Verification
+from ..passes.manager import Instrument, check_order, run_passes, until_stage
 from ..passes.probe import with_random_weights
 from ..passes.recipes import recipe_for
-from .ledger import Ledger, Progress
+from .cache.passes import CachedPasses
+from .cache.session import CompileCache
+from .ledger import Progress
 from .request import CompileRequest
 from .result import PassSummary
 from .shrink import shrink
@@ -52,32 +55,41 @@ def choose_pipeline(request: CompileRequest) -> Pipeline:
 
 
 def run_pipeline(
-    pipeline: Pipeline, bound: Program, context: PassContext, request: CompileRequest, ledger: Ledger
+    pipeline: Pipeline,
+    bound: Program,
+    context: PassContext,
+    request: CompileRequest,
+    progress: Progress,
+    cache: CompileCache,
 ) -> Compiled:
-    """Run all passes on `bound`, watched as `request.verify` says. Evaluates weights only for `numerics`
-    on a small model, and never in a dry run."""
-    timing = Timing(ledger.clock)
-    watching: list[Instrument] = [timing, _Announcement(ledger.progress, len(pipeline.passes))]
+    """Run all passes on `bound` that `cache` does not know the result of, watched as `request.verify` says.
+    Evaluates weights only for `numerics` on a small model, and never in a dry run."""
+    watching: list[Instrument] = [_Announcement(progress, len(pipeline.passes))]
+    numerics = request.verify == "numerics" and not request.dry_run and is_small(bound)
     if request.verify != "off":
         watching.append(Verification())
-    if request.verify == "numerics" and not request.dry_run and is_small(bound):
+    if numerics:
         watching.append(NumericContract(seed=context.seed))
     if request.dump_ir is not None:
         watching.append(TextDump(request.dump_ir))
     front, back = until_stage(pipeline.passes, Stage.layout)
-    portable = run_passes(bound, front, context, watching)
-    final = run_passes(portable, back, context, watching)
-    summaries = tuple(PassSummary(name=t.name, seconds=t.seconds, matches=t.matches) for t in timing.times)
-    return Compiled(pipeline=pipeline, bound=bound, portable=portable, final=final, passes=summaries)
+    check_order(pipeline.passes, bound.facts)
+    # Dumps are of every pass as it runs, so none may be recalled.
+    watched = None if request.dump_ir is not None else f"{request.verify}, numerics {numerics}"
+    runner = CachedPasses(cache, bound, context, watched)
+    portable = runner.run(bound, front, watching)
+    final = runner.run(portable, back, watching)
+    infer(final)  # what was recalled carries no values
+    return Compiled(
+        pipeline=pipeline, bound=bound, portable=portable, final=final, passes=tuple(runner.outcomes)
+    )
 
 
 def check_on_twin(config: Any, pipeline: Pipeline, bound: Program, context: PassContext) -> None:
-    """Hold each pass to its numeric contract on a shrunken twin of a model too large to do it on.
+    """Hold each pass to its numeric contract on a shrunken twin of a model, one too large to do it on.
 
     Raises CheckFailed naming the pass that breaks its contract.
     """
-    if is_small(bound):
-        return
     dtype: torch.dtype = getattr(torch, bound.spec.compute_dtype)
     program = trace_config(shrink(config), dtype=dtype, max_context=bound.spec.max_context)
     twin = with_random_weights(program, context.seed)

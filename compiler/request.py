@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
 from ..spec.errors import UsageError
 from ..spec.target import Target, parse_target
+from ..spec.target_options import with_options
+from .cache.config import CacheConfig
 from .checkpoint import parse_dtype
 from .source import source_name
 
@@ -19,9 +21,9 @@ SUFFIX = ".llmc"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileRequest:
     """The arguments of one compile. `quant` names a preset and `recipe` a YAML file, at most one of them;
-    `overrides` are `pass.option=value` texts; None for `dtype` and `kv_dtype` keeps the checkpoint's own
-    precision. `verify`: `off` checks nothing, `structure` each program's form, `numerics` also each pass's
-    numbers and the model's self-check.
+    `overrides` are `pass.option=value` and `target.option=value` texts; None for `dtype` and `kv_dtype`
+    keeps the checkpoint's own precision. `verify`: `off` checks nothing, `structure` each program's form,
+    `numerics` also each pass's numbers and the model's self-check. `cache` lets results of earlier compiles be reused.
     """
 
     model: str
@@ -37,6 +39,7 @@ class CompileRequest:
     force: bool = False
     dry_run: bool = False
     dump_ir: Path | None = None
+    cache: bool = True
 
     def validate(self) -> None:
         """Raises UsageError for values that cannot be meant, TargetError for an unknown target."""
@@ -58,12 +61,17 @@ class CompileRequest:
                 "It is a number of tokens, at least 1.",
                 "Choose another --max-model-len.",
             )
-        parse_target(self.target)
+        _ = self.parsed_target
 
     @property
     def parsed_target(self) -> Target:
-        """The target asked for."""
-        return parse_target(self.target)
+        """The target asked for, with its options. UsageError for one that it does not have."""
+        return with_options(parse_target(self.target), self.overrides)
+
+    def cache_config(self) -> CacheConfig:
+        """The compile cache as the environment says, or one that is off."""
+        config = CacheConfig.from_environment()
+        return config if self.cache else replace(config, max_bytes=0)
 
     def output_path(self) -> Path:
         """Where the artifact goes: as asked for, or named after the model, preset and dtype, here."""

@@ -18,6 +18,38 @@ class PassSummary:
     name: str
     seconds: float
     matches: int
+    cached: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reuse:
+    """What a compile had of the cache: entries found and not, by kind; seconds that those found took when
+    they were made; and why something was not kept."""
+
+    hits: dict[str, int]
+    misses: dict[str, int]
+    saved_s: float
+    notes: tuple[str, ...] = ()
+
+    def sentence(self) -> str:
+        """The same in words."""
+        found = [
+            f"{count} of {count + self.misses.get(kind, 0)} {_PLURALS[kind]}"
+            for kind, count in self.hits.items()
+            if count and kind in _PLURALS
+        ]
+        reused = f"reused {', '.join(found)}: saved {self.saved_s:.1f} s" if found else "nothing to reuse"
+        return "; ".join([reused, *self.notes])
+
+
+# Kinds of entries that a user has heard of.
+_PLURALS = {
+    "trace": "traces",
+    "pass": "passes",
+    "check": "checks",
+    "weights": "weights",
+    "result": "libraries",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +57,7 @@ class CompileResult:
     """One finished compile, or dry run (then nothing was written and `quality` is None).
 
     `size_bytes` is of all files of the artifact (of a dry run: an upper bound), `bits_per_weight` of its
-    weights over the model's parameters.
+    weights over the model's parameters. `reuse` is None where the compile cache was off.
     """
 
     path: Path
@@ -39,6 +71,7 @@ class CompileResult:
     quality: Quality | None
     passes: tuple[PassSummary, ...]
     ledger: tuple[StageTime, ...]
+    reuse: Reuse | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `llmc compile --json` prints. Times in seconds, sizes in bytes."""
@@ -54,4 +87,5 @@ class CompileResult:
             "quality": self.quality.as_dict() if self.quality is not None else None,
             "passes": [asdict(entry) for entry in self.passes],
             "ledger": [asdict(entry) for entry in self.ledger],
+            "cache": asdict(self.reuse) if self.reuse is not None else None,
         }

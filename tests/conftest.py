@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+# Triton reads it when first imported, by whichever test; kernels are compiled in processes of their own.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# A planted fault is not seen in the source that keys are made of: tests of the compile cache turn it on.
+os.environ["LLMC_CACHE_BYTES"] = "0"
 
 # A deadline would fail a test for what its neighbours on the machine do.
 settings.register_profile("llmc", deadline=None, print_blob=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from ...artifact.cpu import (
     CPU_SOURCE,
@@ -19,11 +18,13 @@ from ...artifact.reader import Artifact
 from ...artifact.writer import ArtifactWriter
 from ...ir.program import Program
 from ...ir.weights import Expr, WeightStore
-from ...kernels.levels import LEVELS
+from ...kernels.levels import LEVELS, Level
+from ...spec.target import Target
+from ..base import RecallBytes, compute_bytes
 from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
 from .packed import unpacked
 from .source import ABI_VERSION, MAX_THREADS, Source, generate
-from .toolchain import compile_library, find_compiler
+from .toolchain import compile_flags, compile_library, find_compiler, header_digest
 
 # Libraries, programs, the source and small weights in their plain form.
 _BESIDE_WEIGHTS_BYTES = 32 * 2**20
@@ -33,7 +34,10 @@ MAX_LOGIT_ROWS = 64
 
 
 class Backend:
-    """`codegen.base.Backend` of target kind `cpu`."""
+    """`codegen.base.Backend` of target kind `cpu`, which has no variants."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
 
     def estimate_bytes(self, program: Program, portable: Program) -> int:
         """Bytes of all weights as stored (small ones twice at most), and a bound for the rest."""
@@ -46,6 +50,7 @@ class Backend:
         portable: Program,
         writer: ArtifactWriter,
         progress: Callable[[WeightProgress], None] | None = None,
+        cache: RecallBytes = compute_bytes,
     ) -> None:
         """Write programs, generated code, libraries and weights.
 
@@ -54,7 +59,13 @@ class Backend:
         compiler = find_compiler()
         source = generate(program, max_tokens=MAX_TOKENS, max_logit_rows=MAX_LOGIT_ROWS)
         levels = LEVELS[::-1]
-        compile_level = partial(compile_library, compiler, source.text)
+        headers = header_digest()
+
+        def compile_level(level: Level) -> bytes:
+            inputs = (compiler.path, compiler.version, compile_flags(level), headers, source.text)
+            label = f"{level.name} library of {program.spec.architecture}"
+            return cache(inputs, label, lambda: compile_library(compiler, source.text, level))
+
         with ThreadPoolExecutor(max_workers=2) as pool:
             libraries = list(pool.map(compile_level, levels))
         write_programs(program, portable, writer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -46,6 +47,20 @@ def find_compiler() -> Compiler:
     )
 
 
+def compile_flags(level: Level) -> tuple[str, ...]:
+    """The flags of an ISA level's library, but for paths."""
+    common = ("-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-g0", "-pthread")
+    return (*common, *NUMERIC_FLAGS, *level.flags)
+
+
+def header_digest() -> str:
+    """The SHA-256 of all kernels that generated code includes."""
+    digest = hashlib.sha256()
+    for path in sorted(HEADERS.glob("*.hpp")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def compile_library(compiler: Compiler, source: str, level: Level) -> bytes:
     """The shared library of `source` for an ISA level. Nothing is left behind.
 
@@ -55,8 +70,7 @@ def compile_library(compiler: Compiler, source: str, level: Level) -> bytes:
         text, library = Path(folder) / "model.cpp", Path(folder) / "model.so"
         text.write_text(source)
         # -x and a fixed name: no path of this machine may reach the library.
-        command = [compiler.path, "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-g0", "-pthread"]
-        command += [*NUMERIC_FLAGS, *level.flags, f"-ffile-prefix-map={folder}=.", f"-I{HEADERS}"]
+        command = [compiler.path, *compile_flags(level), f"-ffile-prefix-map={folder}=.", f"-I{HEADERS}"]
         command += [str(text), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:

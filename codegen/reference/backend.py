@@ -9,6 +9,8 @@ from ...artifact.reader import Artifact
 from ...artifact.writer import ArtifactWriter
 from ...ir.program import Program
 from ...ir.weights import Expr
+from ...spec.target import Target
+from ..base import RecallBytes, compute_bytes
 from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
 
 # What programs, headers, tokenizer and manifest take beside the weights, generously.
@@ -16,7 +18,10 @@ _BESIDE_WEIGHTS_BYTES = 64 * 2**20
 
 
 class Backend:
-    """`codegen.base.Backend` of target kind `reference`."""
+    """`codegen.base.Backend` of target kind `reference`, which has no variants."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
 
     def estimate_bytes(self, program: Program, portable: Program) -> int:
         """Bytes of all weights as stored, and a bound for the rest."""
@@ -28,6 +33,7 @@ class Backend:
         portable: Program,
         writer: ArtifactWriter,
         progress: Callable[[WeightProgress], None] | None = None,
+        cache: RecallBytes = compute_bytes,
     ) -> None:
         """Writes programs and weights."""
         write_programs(program, portable, writer)
