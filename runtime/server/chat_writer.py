@@ -11,10 +11,10 @@ from ..protocol import TokenLogprob
 from .codec import Codec
 from .plan import Plan
 from .responses import (
-    AssistantMessage,
     ChatChoice,
     ChatChunk,
     ChatDeltaChoice,
+    ChatFinish,
     ChatLogprobs,
     ChatResponse,
     ChatTokenLogprob,
@@ -23,6 +23,7 @@ from .responses import (
     Usage,
 )
 from .run import Piece
+from .voice import Voice, joined_message
 from .writer import Heading, finish_of
 
 
@@ -36,6 +37,7 @@ class ChatWriter:
         plan: Plan,
         codec: Codec,
         *,
+        shows_thoughts: bool = True,
         with_token_ids: bool = False,
         reports_usage: bool = False,
         usage_so_far: Callable[[], Usage] | None = None,
@@ -46,11 +48,12 @@ class ChatWriter:
         self._with_token_ids = with_token_ids
         self._reports_usage = reports_usage
         self._usage_so_far = usage_so_far
-        self._begun = [False] * plan.num_sequences
+        self._voices = [Voice(plan.style, shows_thoughts) for _ in range(plan.num_sequences)]
         self._is_first = True
 
     def chunks(self, pieces: Sequence[Piece]) -> list[msgspec.Struct]:
-        return [self._wrap([self._delta(piece)]) for piece in pieces]
+        deltas = map(self._delta, pieces)
+        return [self._wrap([delta]) for delta in deltas if _says_something(delta)]
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
         heading = self._heading
@@ -89,18 +92,18 @@ class ChatWriter:
 
     def _delta(self, piece: Piece) -> ChatDeltaChoice:
         chunk = piece.chunk
-        is_first = not self._begun[piece.choice]
-        self._begun[piece.choice] = True
+        voice = self._voices[piece.choice]
+        delta = voice.delta(chunk.text, is_last=chunk.finish_reason is not None)
         logprobs: ChatLogprobs | None = None
         if chunk.logprobs:
             logprobs = ChatLogprobs(content=[self._logprob(entry) for entry in chunk.logprobs])
+        finish: ChatFinish | None = finish_of(chunk.finish_reason)
+        if finish == "stop" and voice.num_calls:
+            finish = "tool_calls"
         return ChatDeltaChoice(
             index=piece.choice,
-            delta=Delta(
-                role="assistant" if is_first else msgspec.UNSET,
-                content=chunk.text if chunk.text or is_first else msgspec.UNSET,
-            ),
-            finish_reason=finish_of(chunk.finish_reason),
+            delta=delta,
+            finish_reason=finish,
             logprobs=logprobs,
             stop_reason=chunk.stop_reason,
             token_ids=list(chunk.token_ids) if self._with_token_ids else None,
@@ -119,6 +122,11 @@ class ChatWriter:
         )
 
 
+def _says_something(choice: ChatDeltaChoice) -> bool:
+    """False while text is held back until it is known what it is."""
+    return bool(choice.delta != Delta() or choice.finish_reason or choice.logprobs or choice.token_ids)
+
+
 def _joined(parts: Sequence[ChatDeltaChoice]) -> ChatChoice:
     """The sum of the chunks of one choice."""
     first, last = parts[0], parts[-1]
@@ -130,10 +138,9 @@ def _joined(parts: Sequence[ChatDeltaChoice]) -> ChatChoice:
             "Report this with the request.",
         )
     content = [entry for part in parts if part.logprobs is not None for entry in part.logprobs.content]
-    texts = [part.delta.content for part in parts]
     return ChatChoice(
         index=first.index,
-        message=AssistantMessage(content="".join(text for text in texts if isinstance(text, str))),
+        message=joined_message([part.delta for part in parts]),
         finish_reason=last.finish_reason,
         logprobs=ChatLogprobs(content=content) if content else None,
         stop_reason=last.stop_reason,

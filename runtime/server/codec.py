@@ -5,24 +5,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...spec.errors import RequestError
 from ..admission import EngineLimits, check_prompt
 from ..tokenizer import Tokenizer
 from .errors import bad_request
 from .requests import ChatMessage, ToolCall
+from .tools import Dialect
 
 _RESERVED = ("messages", "tools", "add_generation_prompt")
 _REPLACEMENT = "\ufffd"
 
 
-class Codec:
-    """Tokens of one model. Without a tokenizer everything in text is a 400."""
+class EncodedChat(NamedTuple):
+    """A conversation as the model reads it, in both forms."""
 
-    def __init__(self, tokenizer: Tokenizer | None, limits: EngineLimits) -> None:
+    token_ids: tuple[int, ...]
+    text: str
+
+
+class Codec:
+    """Tokens of one model, and its dialect. Without a tokenizer everything in text is a 400."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, limits: EngineLimits, dialect: Dialect | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self.limits = limits
+        self.dialect = dialect or Dialect()
         self._shown: dict[int, str] = {}
         self._anchor: tuple[int, ...] = ()
         self._anchor_text = ""
@@ -43,8 +54,9 @@ class Codec:
         messages: Sequence[ChatMessage],
         add_generation_prompt: bool = True,
         template_values: dict[str, Any] | None = None,
-    ) -> tuple[int, ...]:
-        """Token ids of a conversation under the model's template."""
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> EncodedChat:
+        """A conversation under the model's template."""
         values = template_values or {}
         for name in _RESERVED:
             if name in values:
@@ -58,12 +70,13 @@ class Codec:
         tokenizer = self._need()
         text = tokenizer.render_chat(
             [as_template_message(message, index) for index, message in enumerate(messages)],
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             **values,
         )
         token_ids = tokenizer.encode(text, add_special_tokens=False)
         check_prompt(token_ids, self.limits)
-        return token_ids
+        return EncodedChat(token_ids, text)
 
     def check_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """A prompt of token ids. RequestError when empty, too long, or out of the vocabulary."""
@@ -129,10 +142,9 @@ def as_template_message(message: ChatMessage, index: int) -> dict[str, Any]:
             "messages",
         )
     shown: dict[str, Any] = {"role": message.role, "content": content or ""}
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        value = getattr(message, name)
-        if value is not None:
-            shown[name] = value
+    thought = message.reasoning_content if message.reasoning_content is not None else message.reasoning
+    given = {"name": message.name, "tool_call_id": message.tool_call_id, "reasoning_content": thought}
+    shown.update({name: value for name, value in given.items() if value is not None})
     if message.tool_calls:
         shown["tool_calls"] = [_as_template_call(call, index) for call in message.tool_calls]
     return shown

@@ -46,8 +46,8 @@ def _label() -> Field:
     return Field(Use.NEUTRAL, "It only labels the request.", ANY)
 
 
-_NO_GRAMMAR = _refused("This server does not constrain output to a grammar.")
-_NO_TOOLS = "This server does not parse tool calls out of what a model says."
+_OWN_GRAMMAR = _refused("Grammars are compiled in one way only; leave this to the server.")
+_OLD_TOOLS = "Use tools and tool_choice."
 _NO_LOOPS = "This server does not look for repetitions; use a penalty."
 _NO_TRANSFER = _refused("This server hands no cache to another one.")
 
@@ -78,6 +78,12 @@ _COMMON: dict[str, Field] = {
             "request_id",
             "timeout_s",
             "return_token_ids",
+            "response_format",
+            "structured_outputs",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
         ),
         _HONOURED,
     ),
@@ -94,15 +100,9 @@ _COMMON: dict[str, Field] = {
     "logits_processors": _refused("Code is never taken from a request."),
     "prompt_logprobs": _refused("Use /v1/completions with echo and logprobs."),
     "return_tokens_as_token_ids": _neutral("Use return_token_ids.", False),
-    "response_format": _neutral("This server does not constrain output to a format.", {"type": "text"}),
-    "structured_outputs": _NO_GRAMMAR,
-    "structural_tag": _NO_GRAMMAR,
-    "guided_json": _NO_GRAMMAR,
-    "guided_regex": _NO_GRAMMAR,
-    "guided_choice": _NO_GRAMMAR,
-    "guided_grammar": _NO_GRAMMAR,
-    "guided_decoding_backend": _NO_GRAMMAR,
-    "guided_whitespace_pattern": _NO_GRAMMAR,
+    "structural_tag": _refused("Send a grammar in structured_outputs."),
+    "guided_decoding_backend": _OWN_GRAMMAR,
+    "guided_whitespace_pattern": _OWN_GRAMMAR,
     "cache_salt": _refused("The prefix cache is shared by all callers and cannot be salted."),
     "kv_transfer_params": _NO_TRANSFER,
     "ec_transfer_params": _NO_TRANSFER,
@@ -129,6 +129,10 @@ CHAT_FIELDS: dict[str, Field] = {
             "top_logprobs",
             "add_generation_prompt",
             "chat_template_kwargs",
+            "tools",
+            "tool_choice",
+            "parallel_tool_calls",
+            "include_reasoning",
         ),
         _HONOURED,
     ),
@@ -146,11 +150,8 @@ CHAT_FIELDS: dict[str, Field] = {
     "verbosity": _neutral("How much a model says cannot be set.", "medium"),
     "reasoning_effort": _refused("Pass what the model's template knows in chat_template_kwargs."),
     "web_search_options": _refused("This server does not search the web."),
-    "tools": _neutral(_NO_TOOLS, []),
-    "tool_choice": _neutral(_NO_TOOLS, "none", "auto"),
-    "parallel_tool_calls": _neutral(_NO_TOOLS, True, False),
-    "functions": _neutral(_NO_TOOLS, []),
-    "function_call": _neutral(_NO_TOOLS, "none", "auto"),
+    "functions": _neutral(_OLD_TOOLS, []),
+    "function_call": _neutral(_OLD_TOOLS, "none", "auto"),
     "echo": _neutral("Use /v1/completions for echo.", False),
     "add_special_tokens": _neutral("The template places the special tokens.", False),
     "continue_final_message": _neutral("The last message is never continued.", False),
@@ -158,8 +159,7 @@ CHAT_FIELDS: dict[str, Field] = {
     "chat_template": _refused("The template is the model's own."),
     "mm_processor_kwargs": _refused("Only text is read."),
     "media_io_kwargs": _refused("Only text is read."),
-    "include_reasoning": _neutral("Reasoning is not told apart from the answer.", True),
-    "thinking_token_budget": _refused("Reasoning is not told apart from the answer."),
+    "thinking_token_budget": _refused("Thoughts have no limit of their own; use max_completion_tokens."),
 }
 
 TOKENIZE_FIELDS: dict[str, Field] = {
@@ -172,13 +172,13 @@ TOKENIZE_FIELDS: dict[str, Field] = {
             "add_generation_prompt",
             "return_token_strs",
             "chat_template_kwargs",
+            "tools",
         ),
         _HONOURED,
     ),
     "continue_final_message": _neutral("The last message is never continued.", False),
     "chat_template": _refused("The template is the model's own."),
     "mm_processor_kwargs": _refused("Only text is read."),
-    "tools": _neutral(_NO_TOOLS, []),
 }
 
 DETOKENIZE_FIELDS: dict[str, Field] = dict.fromkeys(("model", "tokens"), _HONOURED)

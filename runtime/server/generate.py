@@ -80,6 +80,7 @@ async def generate_chat(state: ServerState, request: Request, owner: str) -> Res
         _heading("chatcmpl", asked, model),
         made,
         model.codec,
+        shows_thoughts=asked.include_reasoning,
         with_token_ids=asked.return_token_ids,
         reports_usage=_wants_usage(asked),
         usage_so_far=_continuous(asked, run),

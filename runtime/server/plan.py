@@ -4,7 +4,7 @@ sampling parameters in effect. Pure but for the seed it is handed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from ..params import SamplingParams
@@ -12,6 +12,9 @@ from .codec import Codec
 from .config import ServerConfig
 from .errors import bad_request
 from .requests import ChatRequest, CompletionRequest, GenerationFields
+from .speech import SHOWS_SPECIAL, THINK, SpeechStyle
+from .structure import structure_of
+from .tools import ToolUse, tool_use
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_DRAWN_SEED = 2**53 - 1  # every JSON reader holds these exactly
@@ -34,13 +37,15 @@ _DIRECT = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """`prompts[i]` is generated with `params[i]`. Choice number i * n + j is completion j of prompt i.
-    `hides_output`: one token is computed for the sake of the prompt's logprobs, and not shown."""
+    `hides_output`: one token is computed for the sake of the prompt's logprobs, and not shown. `style` is
+    how the answer is read."""
 
     prompts: tuple[tuple[int, ...], ...]
     params: tuple[SamplingParams, ...]
     priority: int = 0
     timeout_s: float | None = None
     hides_output: bool = False
+    style: SpeechStyle = field(default_factory=SpeechStyle)
 
     @property
     def n(self) -> int:
@@ -119,7 +124,10 @@ def plan_chat(
     draw_seed: Callable[[], int],
 ) -> Plan:
     """The conversation and the parameters of /v1/chat/completions. RequestError or a 400."""
-    prompt = codec.encode_chat(request.messages, request.add_generation_prompt, request.chat_template_kwargs)
+    use = tool_use(request, codec.dialect)
+    chat = codec.encode_chat(
+        request.messages, request.add_generation_prompt, request.chat_template_kwargs, use.shown
+    )
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request(
             "request.top_logprobs",
@@ -130,6 +138,7 @@ def plan_chat(
         )
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     common = replace(_common(request, defaults), logprobs=logprobs)
+    common, style = _held(common, use, chat.text)
     given = request.max_completion_tokens
     if given is None:
         given = request.max_tokens
@@ -141,7 +150,31 @@ def plan_chat(
             "Send one of them.",
             "max_completion_tokens",
         )
-    return _plan(request, [prompt], common, given, None, codec, config, draw_seed, False)
+    made = _plan(request, [chat.token_ids], common, given, None, codec, config, draw_seed, False)
+    return replace(made, style=style)
+
+
+def _held(common: SamplingParams, use: ToolUse, prompt: str) -> tuple[SamplingParams, SpeechStyle]:
+    """The parameters with what the tools demand, and how to read what comes. A form leaves no room for
+    thoughts. A 400 for a form besides tools that the model may call."""
+    style = use.style
+    if common.structured is not None and style.tools:
+        raise bad_request(
+            "request.tools",
+            "The request has tools and a form that the output must have.",
+            "A call has a form of its own.",
+            "Send tools or a form, or set tool_choice to none.",
+            "tools",
+        )
+    if use.structure is not None:
+        return replace(common, structured=use.structure), style
+    if common.structured is not None:
+        return common, SpeechStyle()
+    if style.thinks and prompt.rstrip().endswith(THINK):
+        style = replace(style, starts_thinking=True)
+    if style.tool_format in SHOWS_SPECIAL:
+        common = replace(common, skip_special_tokens=False)
+    return common, style
 
 
 def _common(request: GenerationFields, defaults: SamplingParams) -> SamplingParams:
@@ -157,6 +190,7 @@ def _common(request: GenerationFields, defaults: SamplingParams) -> SamplingPara
         given["stop_token_ids"] = tuple(request.stop_token_ids)
     if request.logit_bias is not None:
         given["logit_bias"] = {_bias_id(name): bias for name, bias in request.logit_bias.items()}
+    given["structured"] = structure_of(request)
     return replace(defaults, max_tokens=None, **given)
 
 

@@ -9,6 +9,7 @@ import msgspec
 from ..params import SamplingParams
 
 Finish = Literal["stop", "length"]
+ChatFinish = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,10 +79,41 @@ class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     refusal: None = None
 
 
+class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """`arguments` are JSON as text, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class CallMade(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
-    content: str
+    """`content` is null where the model only made calls."""
+
+    content: str | None
     refusal: None = None
     role: Literal["assistant"] = "assistant"
+    tool_calls: list[CallMade] | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class FunctionDelta(msgspec.Struct, frozen=True, kw_only=True):
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    arguments: str = ""
+
+
+class CallDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """The first of a call has its id, type and name."""
+
+    index: int
+    function: FunctionDelta
+    id: str | msgspec.UnsetType = msgspec.UNSET
+    type: Literal["function"] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -89,12 +121,14 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     role: Literal["assistant"] | msgspec.UnsetType = msgspec.UNSET
     content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[CallDelta] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     message: AssistantMessage
-    finish_reason: Finish
+    finish_reason: ChatFinish
     logprobs: ChatLogprobs | None = None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
@@ -103,7 +137,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
 class ChatDeltaChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     delta: Delta
-    finish_reason: Finish | None = None
+    finish_reason: ChatFinish | None = None
     logprobs: ChatLogprobs | None = None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None

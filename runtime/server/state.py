@@ -18,6 +18,7 @@ from .keys import ApiKeys
 from .messages import EngineSnapshot
 from .metrics import Metrics, ModelMetrics
 from .plan import MAX_DRAWN_SEED
+from .tools import dialect_of
 
 Clock = Callable[[], float]
 
@@ -149,9 +150,11 @@ def make_state(
         client = EngineClient(channel)
         limits = client.facts.limits
         own = settings.get(name, ModelConfig(artifact=name))
+        template = tokenizer.chat_source if tokenizer is not None else None
+        dialect = dialect_of(template, own.tool_format, own.reasoning_format)
         models[name] = ServedModel(
             name=name,
-            codec=Codec(tokenizer, limits),
+            codec=Codec(tokenizer, limits, dialect),
             client=client,
             backlog=Backlog(limits.max_requests + config.max_waiting, config.max_concurrency_per_key, clock),
             metrics=ModelMetrics(metrics, name),

@@ -8,6 +8,7 @@ from .errors import bad_request
 from .requests import DetokenizeRequest, TokenizeRequest
 from .responses import DetokenizeResponse, HealthResponse, ModelCard, TokenizeResponse
 from .state import ServedModel, ServerState
+from .tools import template_tool
 
 
 async def tokenize(state: ServerState, asked: TokenizeRequest) -> TokenizeResponse:
@@ -25,7 +26,10 @@ async def tokenize(state: ServerState, asked: TokenizeRequest) -> TokenizeRespon
 
     def encode() -> tuple[int, ...]:
         if asked.messages is not None:
-            return codec.encode_chat(asked.messages, asked.add_generation_prompt, asked.chat_template_kwargs)
+            tools = None if asked.tools is None else [template_tool(tool) for tool in asked.tools]
+            return codec.encode_chat(
+                asked.messages, asked.add_generation_prompt, asked.chat_template_kwargs, tools
+            ).token_ids
         return codec.encode(asked.prompt or "", asked.add_special_tokens)
 
     token_ids = await asyncio.to_thread(encode)

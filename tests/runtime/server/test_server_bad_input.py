@@ -18,6 +18,7 @@ from llmc.runtime.server import fields, requests
 pytestmark = pytest.mark.pure
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+TOOL = {"type": "function", "function": {"name": "f"}}
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -125,7 +126,10 @@ def test_bodies_that_are_no_request(shared, body, code):
         ({"prompt": "a", "suffix": "b"}, "request.unsupported_field", "fill one in"),
         ({"prompt": "a", "best_of": 2}, "request.unsupported_field", "Send 1, or leave it out"),
         ({"prompt": "a", "best_of": True}, "request.unsupported_field", "best_of"),
-        ({"prompt": "a", "guided_json": {}}, "request.unsupported_field", "grammar"),
+        ({"prompt": "a", "guided_json": {"type": "mood"}}, "request.structured.json_schema", "mood"),
+        ({"prompt": "a", "guided_regex": "("}, "request.structured.regex", "cannot be compiled"),
+        ({"prompt": "a", "guided_grammar": "nonsense"}, "request.structured.grammar", "cannot be compiled"),
+        ({"prompt": "a", "guided_whitespace_pattern": " "}, "request.unsupported_field", "one way only"),
         (
             {"prompt": "a", "truncate_prompt_tokens": 5},
             "request.unsupported_field",
@@ -168,11 +172,19 @@ def test_completions_that_cannot_be(shared, given, code, words):
             "",
         ),
         ({"messages": HELLO, "chat_template_kwargs": {"tools": []}}, "request.chat_template_kwargs", "tools"),
-        ({"messages": HELLO, "tools": [{"type": "function"}]}, "request.unsupported_field", "tool calls"),
+        ({"messages": HELLO, "tools": [{"type": "function"}]}, "request.missing_field", "function"),
+        ({"messages": HELLO, "tools": [TOOL]}, "request.tools", "is not known"),
+        ({"messages": HELLO, "functions": [{"name": "f"}]}, "request.unsupported_field", "Use tools"),
         (
-            {"messages": HELLO, "response_format": {"type": "json_object"}},
-            "request.unsupported_field",
-            "format",
+            {
+                "messages": HELLO,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "mood"}},
+                },
+            },
+            "request.structured.json_schema",
+            "cannot be compiled",
         ),
         ({"messages": HELLO, "modalities": ["text", "audio"]}, "request.unsupported_field", '["text"]'),
         ({"messages": HELLO, "prompt": "x"}, "request.unknown_field", "prompt"),
