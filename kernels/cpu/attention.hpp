@@ -89,56 +89,74 @@ LLMC_INLINE F16 hide(F16 value, int chunk, Visible seen, F16 hidden) {
   return select(less(key, set1(seen.low)), hidden, select(less(set1(seen.high), key), hidden, value));
 }
 
-// Weights of one row over one block, in place of its scores. Masked: some keys of the block's chunks are hidden.
-template <bool Masked>
-LLMC_INLINE void weigh(const AttentionShape& a, const KeyBlock& block, Visible seen, float* m, float* l, float* scores,
-                       float* acc, int64_t values) {
-  const F16 nothing = set1(-INFINITY);
-  F16 score[kBlockChunks], top = nothing;
-#pragma GCC unroll 4
-  for (int c = 0; c < kBlockChunks; ++c) {
-    score[c] = nothing;
-    if (Masked && (c < block.first || c >= block.last)) continue;
-    score[c] = load(scores + c * kChunk);
-    if (a.softcap != 0.0f) score[c] = tanh(score[c]) * set1(a.softcap * kLog2E);
-    if (Masked) score[c] = hide(score[c], c, seen, nothing);
-    top = max(top, score[c]);
-  }
-  const float block_top = max_lanes(top);
-  F16 sum = load(l);
-  if (!(block_top <= *m + kRescale)) {
-    const F16 fade = *m == -INFINITY ? zero() : exp2(set1(*m) - set1(block_top));
-    for (int64_t i = 0; i < values; i += 16) store(acc + i, load(acc + i) * fade);
-    sum = sum * fade;
-    *m = block_top;
-  }
-  const F16 reference = set1(*m);
-  F16 weight[kBlockChunks];
-#pragma GCC unroll 4
-  for (int c = 0; c < kBlockChunks; ++c) {
-    weight[c] = exp2(score[c] - reference);
-    // A hidden key weighs nothing even where the reference is -inf or NaN.
-    if (Masked) weight[c] = hide(weight[c], c, seen, zero());
-    store(scores + c * kChunk, weight[c]);
-  }
-  store(l, sum + ((weight[0] + weight[1]) + (weight[2] + weight[3])));
+// Moves a row's reference to `top` where it lies far above: what was summed before fades.
+LLMC_INLINE void move_reference(float top, float* m, float* l, float* acc, int64_t values) {
+  if (top <= *m + kRescale) return;
+  const F16 fade = *m == -INFINITY ? zero() : exp2(set1(*m) - set1(top));
+  for (int64_t i = 0; i < values; i += 16) store(acc + i, load(acc + i) * fade);
+  store(l, load(l) * fade);
+  *m = top;
 }
 
-// The same for row `row` of a tile; false where the row sees no key of the block.
-LLMC_INLINE bool weigh_row(const AttentionShape& a, const KeyBlock& block, int64_t base, int row, TileState* state,
-                           float* scores, float* acc, int64_t values) {
-  const int64_t position = state->position[row], oldest = oldest_visible(a, position);
-  if (position < base || oldest >= base + kKeyBlock) {
-    for (int c = 0; c < kBlockChunks; ++c) store(scores + c * kChunk, zero());
-    return false;
+LLMC_INLINE F16 capped(const AttentionShape& a, F16 score) {
+  return a.softcap != 0.0f ? tanh(score) * set1(a.softcap * kLog2E) : score;
+}
+
+// Weights of R rows over a block that they see whole, in place of their scores. All rows of one stage before the
+// next: each stage of a row waits for the one before.
+template <int R>
+LLMC_KERNEL void weigh_whole(const AttentionShape& a, float* m, float (*l)[16], float* scores, float* acc,
+                             int64_t values) {
+  F16 top[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    top[r] = set1(-INFINITY);
+#pragma GCC unroll 4
+    for (int c = 0; c < kBlockChunks; ++c) {
+      float* at = scores + r * kKeyBlock + c * kChunk;
+      const F16 score = capped(a, load(at));
+      if (a.softcap != 0.0f) store(at, score);
+      top[r] = max(top[r], score);
+    }
   }
-  const Visible seen{static_cast<int>(oldest > base ? oldest - base : 0),
-                     static_cast<int>(position - base < kKeyBlock ? position - base : kKeyBlock - 1)};
-  if (seen.low == 0 && seen.high == kKeyBlock - 1)
-    weigh<false>(a, block, seen, &state->m[row], state->l[row], scores, acc, values);
-  else
-    weigh<true>(a, block, seen, &state->m[row], state->l[row], scores, acc, values);
-  return true;
+  float tops[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) tops[r] = max_lanes(top[r]);
+  for (int r = 0; r < R; ++r) move_reference(tops[r], m + r, l[r], acc + r * values, values);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const F16 reference = set1(m[r]);
+    F16 weight[kBlockChunks];
+#pragma GCC unroll 4
+    for (int c = 0; c < kBlockChunks; ++c) {
+      float* at = scores + r * kKeyBlock + c * kChunk;
+      weight[c] = exp2(load(at) - reference);
+      store(at, weight[c]);
+    }
+    store(l[r], load(l[r]) + ((weight[0] + weight[1]) + (weight[2] + weight[3])));
+  }
+}
+
+// The same for one row, some keys of the block's chunks hidden.
+LLMC_KERNEL inline void weigh_masked(const AttentionShape& a, const KeyBlock& block, Visible seen, float* m, float* l,
+                                     float* scores, float* acc, int64_t values) {
+  const F16 nothing = set1(-INFINITY);
+  F16 score[kBlockChunks], top = nothing;
+  for (int c = 0; c < kBlockChunks; ++c) {
+    score[c] = nothing;
+    if (c < block.first || c >= block.last) continue;
+    score[c] = hide(capped(a, load(scores + c * kChunk)), c, seen, nothing);
+    top = max(top, score[c]);
+  }
+  move_reference(max_lanes(top), m, l, acc, values);
+  const F16 reference = set1(*m);
+  F16 weight[kBlockChunks];
+  for (int c = 0; c < kBlockChunks; ++c) {
+    // A hidden key weighs nothing even where the reference is -inf or NaN.
+    weight[c] = hide(exp2(score[c] - reference), c, seen, zero());
+    store(scores + c * kChunk, weight[c]);
+  }
+  store(l, load(l) + ((weight[0] + weight[1]) + (weight[2] + weight[3])));
 }
 
 // Calls `f` with a compile-time count for rows in groups of at most eight: f(first, std::integral_constant).
@@ -155,6 +173,36 @@ LLMC_INLINE void by_rows(int rows, const F& f) {
     with_count<F, kRowGroup>(rows - first < kRowGroup ? rows - first : kRowGroup, first, f);
 }
 
+// Weights of all rows of a tile over the block at `base`; false where no row sees any of its keys.
+LLMC_INLINE bool weigh_rows(const AttentionShape& a, const KeyBlock& block, int64_t base, int rows, TileState* state,
+                            float* scores, float* acc, int64_t values) {
+  // Positions ascend along a tile: the first row is the one that sees least at the end, the last at the start.
+  if (state->position[0] >= base + kKeyBlock - 1 && oldest_visible(a, state->position[rows - 1]) <= base) {
+    by_rows(rows, [&](int first, auto count) {
+      weigh_whole<decltype(count)::value>(a, state->m + first, state->l + first, scores + first * kKeyBlock,
+                                          acc + first * values, values);
+    });
+    return true;
+  }
+  bool any_row = false;
+  for (int r = 0; r < rows; ++r) {
+    float* own = scores + r * kKeyBlock;
+    const int64_t position = state->position[r], oldest = oldest_visible(a, position);
+    if (position < base || oldest >= base + kKeyBlock) {
+      for (int c = 0; c < kBlockChunks; ++c) store(own + c * kChunk, zero());
+      continue;
+    }
+    const Visible seen{static_cast<int>(oldest > base ? oldest - base : 0),
+                       static_cast<int>(position - base < kKeyBlock ? position - base : kKeyBlock - 1)};
+    if (seen.low == 0 && seen.high == kKeyBlock - 1)
+      weigh_whole<1>(a, &state->m[r], &state->l[r], own, acc + r * values, values);
+    else
+      weigh_masked(a, block, seen, &state->m[r], state->l[r], own, acc + r * values, values);
+    any_row = true;
+  }
+  return any_row;
+}
+
 template <class T>
 LLMC_INLINE void block_scores(const TileScratch& s, const QueryLimbs* limbs, int rows, int64_t width,
                               const KeyBlock& block) {
@@ -166,10 +214,9 @@ LLMC_INLINE void block_scores(const TileScratch& s, const QueryLimbs* limbs, int
 }
 template <class T>
 LLMC_INLINE void block_values(const TileScratch& s, int rows, int64_t width, int64_t ld, const KeyBlock& block) {
-  if (sizeof(T) == 1)
-    for (int r = 0; r < rows; ++r) weight_limbs(s.scores + r * kKeyBlock, block, s.weights + r);
   by_rows(rows, [&](int first, auto count) {
     constexpr int R = decltype(count)::value;
+    if constexpr (sizeof(T) == 1) weight_limbs<R>(s.scores + first * kKeyBlock, block, s.weights + first);
     if constexpr (sizeof(T) == 1) add_values_int8<R>(s.weights + first, block, width, s.acc + first * ld, ld);
     else add_values<T, R>(s.scores + first * kKeyBlock, block, width, s.acc + first * ld, ld);
   });
@@ -185,9 +232,11 @@ LLMC_INLINE KeyBlock key_block(const AttentionShape& a, const AttentionBatch& b,
   block.key_end = static_cast<int>(newest - base < kKeyBlock ? newest - base + 1 : kKeyBlock);
   block.first = block.key_begin / kChunk;
   block.last = (block.key_end + kChunk - 1) / kChunk;
-  for (int c = block.first; c < block.last; ++c) {
-    const int64_t token = base + c * kChunk, offset = token % a.page_tokens;
-    const int64_t index = pages[token / a.page_tokens] * a.kv_heads + group;
+  int64_t page = (base + block.first * kChunk) / a.page_tokens;  // one division: they take as long as a row
+  int64_t offset = base + block.first * kChunk - page * a.page_tokens;
+  for (int c = block.first; c < block.last; ++c, offset += kChunk) {
+    if (offset == a.page_tokens) ++page, offset = 0;
+    const int64_t index = pages[page] * a.kv_heads + group;
     const char *k = b.k_cache + index * shape.k_block(), *v = b.v_cache + index * shape.v_block();
     block.k[c] = k + shape.k_chunk(offset);
     block.v[c] = v + shape.v_chunk(offset);
@@ -219,11 +268,13 @@ LLMC_KERNEL void attend_part(const AttentionShape& a, const AttentionBatch& b, c
   }
   const int64_t newest = b.positions[tile.first_row + tile.tokens - 1];
   const int64_t oldest = oldest_visible(a, b.positions[tile.first_row]);
-  for (int64_t base = begin; base < end && base <= newest; base += kKeyBlock) {
-    if (base + kKeyBlock <= oldest) continue;
-    KeyBlock block = key_block<T>(a, b, pages, tile.group, base, oldest, newest);
+  const int64_t first = oldest > begin ? oldest / kKeyBlock * kKeyBlock : begin;
+  if (first >= end || first > newest) return;
+  KeyBlock next = key_block<T>(a, b, pages, tile.group, first, oldest, newest);
+  for (int64_t base = first; base < end && base <= newest; base += kKeyBlock) {
+    KeyBlock block = next;
     const int64_t after = base + kKeyBlock <= newest ? base + kKeyBlock : base;
-    const KeyBlock next = key_block<T>(a, b, pages, tile.group, after, oldest, newest);
+    next = key_block<T>(a, b, pages, tile.group, after, oldest, newest);
     for (int c = block.first; c < block.last; ++c) {
       block.next_k[c] = c < next.last && c >= next.first ? next.k[c] : block.k[c];
       block.next_v[c] = c < next.last && c >= next.first ? next.v[c] : block.v[c];
@@ -233,10 +284,7 @@ LLMC_KERNEL void attend_part(const AttentionShape& a, const AttentionBatch& b, c
       }
     }
     block_scores<T>(s, limbs, rows, width, block);
-    bool any_row = false;
-    for (int r = 0; r < rows; ++r)
-      any_row |= weigh_row(a, block, base, r, state, s.scores + r * kKeyBlock, s.acc + r * values, values);
-    if (any_row) block_values<T>(s, rows, cache_width(a.v_width), values, block);
+    if (weigh_rows(a, block, base, rows, state, s.scores, s.acc, values)) block_values<T>(s, rows, cache_width(a.v_width), values, block);
   }
 }
 

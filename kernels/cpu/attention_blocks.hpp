@@ -214,27 +214,43 @@ struct WeightLimbs {
   float scale;
 };
 
-// Keys outside [key_begin, key_end) weigh nothing, whatever lies in their scales.
-LLMC_INLINE void weight_limbs(const float* weights, const KeyBlock& block, WeightLimbs* out) {
-  F16 scaled[kBlockChunks];
-  I16 top = set1(int32_t{0});
-  for (int c = block.first; c < block.last; ++c) {
-    const F16 weight = load(weights + c * kChunk);
-    scaled[c] = select(less(zero(), weight), weight * load(block.v_scales[c]), zero());
-    scaled[c] = select(is_nan(weight), weight, scaled[c]);
-    top = max(top, as_int(scaled[c]));
+// Limbs of R rows of weights[R][kKeyBlock]. All rows of one stage before the next, as in `weigh_whole`. Hidden keys
+// weigh nothing, whatever lies in their scales.
+template <int R>
+LLMC_KERNEL void weight_limbs(const float* weights, const KeyBlock& block, WeightLimbs* out) {
+  F16 scaled[R][kBlockChunks];
+  I16 top[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    top[r] = set1(int32_t{0});
+#pragma GCC unroll 4
+    for (int c = 0; c < kBlockChunks; ++c) {
+      scaled[r][c] = zero();
+      if (c < block.first || c >= block.last) continue;
+      const F16 weight = load(weights + r * kKeyBlock + c * kChunk);
+      scaled[r][c] = select(less(zero(), weight), weight * load(block.v_scales[c]), zero());
+      scaled[r][c] = select(is_nan(weight), weight, scaled[r][c]);
+      top[r] = max(top[r], as_int(scaled[r][c]));
+    }
   }
-  const int32_t bits = max_lanes(top);
-  const float peak = float_of(static_cast<uint32_t>(bits));
-  const bool finite = bits < 0x7f800000, tiny = peak < 1e-30f;
-  const F16 factor = set1(finite && !tiny ? 65280.0f / peak : 0.0f);
-  for (int c = 0; c < kBlockChunks; ++c) {
-    const bool used = c >= block.first && c < block.last && finite;
-    const I16 code = used ? round_int(scaled[c] * factor) : set1(int32_t{0});
-    store_low8(out->high + c * kChunk, shift_right<8>(code));
-    store_low8(out->low + c * kChunk, code);
+  float factor[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const int32_t bits = max_lanes(top[r]);
+    const float peak = float_of(static_cast<uint32_t>(bits));
+    const bool finite = bits < 0x7f800000, tiny = peak < 1e-30f;
+    factor[r] = finite && !tiny ? 65280.0f / peak : 0.0f;
+    out[r].scale = finite ? (tiny ? 0.0f : peak / 65280.0f) : float_of(0x7fc00000u);
   }
-  out->scale = finite ? (tiny ? 0.0f : peak / 65280.0f) : float_of(0x7fc00000u);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kBlockChunks; ++c) {
+      // A factor of 0 means no codes, infinite weights included.
+      const I16 code = factor[r] == 0.0f ? set1(int32_t{0}) : round_int(scaled[r][c] * set1(factor[r]));
+      store_low8(out[r].high + c * kChunk, shift_right<8>(code));
+      store_low8(out[r].low + c * kChunk, code);
+    }
 }
 
 LLMC_INLINE I16 load_quad(const char* p, int count) {
