@@ -49,7 +49,7 @@ def _cpu_target() -> list[Finding]:
     features = processor_features()
     best = [level for level in LEVELS if not missing_features(level, features)][-1]
     better = LEVELS[LEVELS.index(best) + 1 :]
-    why = f"; {better[0].name} needs {', '.join(missing_features(better[0], features))}" if better else ""
+    why = f"; {better[0].name} needs {_lack(missing_features(better[0], features))}" if better else ""
     return [
         Finding(
             "compile for target cpu",
@@ -58,6 +58,11 @@ def _cpu_target() -> list[Finding]:
         ),
         Finding("run target cpu", True, f"at level {best.name}{why}"),
     ]
+
+
+def _lack(missing: tuple[str, ...]) -> str:
+    words = ", ".join(missing)
+    return f"{words} (of the processor, and leave of the system)" if "amx_tile" in missing else words
 
 
 def _library(name: str) -> Finding:

@@ -41,7 +41,13 @@ AVX512VNNI = Level(
     features=AVX2.features | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
 )
 
-LEVELS = (GENERIC, AVX2, AVX512VNNI)  # slowest first
+AMX = Level(
+    name="amx",
+    flags=(*AVX512VNNI.flags, "-mamx-tile", "-mamx-int8"),
+    features=AVX512VNNI.features | {"amx_tile", "amx_int8"},
+)
+
+LEVELS = (GENERIC, AVX2, AVX512VNNI, AMX)  # slowest first
 
 
 def supported_levels(cpu_features: frozenset[str]) -> tuple[Level, ...]:

@@ -96,12 +96,13 @@ LLMC_INLINE void float_rows(const FloatProduct& p, int64_t first, int64_t count,
 template <class T, Into I>
 inline void float_linear_tiles(const FloatProduct& p, int64_t tile_begin, int64_t tile_end) {
   if (p.rows <= kFloatRows) return float_rows<T, I>(p, 0, p.rows, tile_begin, tile_end);
-  const int64_t chunk = row_chunk(p.rows, kFloatRows);
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile)
-    for (int64_t first = 0; first < p.rows; first += chunk) {
-      const int64_t left = p.rows - first;
-      float_rows<T, I>(p, first, left < chunk ? left : chunk, tile, tile + 1);
-    }
+  const int64_t chunk = row_chunk(p.rows, kFloatRows), block = row_block(chunk, p.ldx * 4);
+  for (int64_t begin = 0; begin < p.rows; begin += block) {
+    const int64_t end = begin + block < p.rows ? begin + block : p.rows;
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile)
+      for (int64_t first = begin; first < end; first += chunk)
+        float_rows<T, I>(p, first, first + chunk < end ? chunk : end - first, tile, tile + 1);
+  }
 }
 
 // The product, shared among threads by whole multiples of `grain` tiles. T: float, f16 or bf16.

@@ -1,7 +1,8 @@
 // Which instruction set this translation unit is compiled for. Knows compilers, no arithmetic.
 //
 // The level is decided by the compiler's flags alone (see kernels/levels.py): avx512vnni where all of its
-// parts are enabled, avx2 where AVX2, FMA and F16C are, generic otherwise. LLMC_GENERIC forces generic.
+// parts are enabled, amx where int8 tiles are as well, avx2 where AVX2, FMA and F16C are, generic otherwise.
+// LLMC_GENERIC forces generic; LLMC_AMX_EMULATED makes amx of avx512vnni, its tiles in standard C++.
 // Compile with -ffp-contract=off: results are bit-identical between levels only if the compiler fuses
 // nothing that is not written as a fused operation.
 #pragma once
@@ -12,15 +13,23 @@
 
 #if !defined(LLMC_GENERIC) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
     defined(__AVX512VL__) && defined(__AVX512VNNI__)
-#define LLMC_LEVEL avx512vnni
 #define LLMC_AVX512 1
 #define LLMC_AVX2 0
+#if (defined(__AMX_TILE__) && defined(__AMX_INT8__)) || defined(LLMC_AMX_EMULATED)
+#define LLMC_LEVEL amx
+#define LLMC_AMX 1
+#else
+#define LLMC_LEVEL avx512vnni
+#define LLMC_AMX 0
+#endif
 #elif !defined(LLMC_GENERIC) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define LLMC_LEVEL avx2
+#define LLMC_AMX 0
 #define LLMC_AVX512 0
 #define LLMC_AVX2 1
 #else
 #define LLMC_LEVEL generic
+#define LLMC_AMX 0
 #define LLMC_AVX512 0
 #define LLMC_AVX2 0
 #endif

@@ -1,11 +1,13 @@
 // Matrix products with packed integer weights: any number of rows, and each row's bits its own.
 //
-// Batches reread a tile (K * 32 codes, in the second-level cache) for every eight limbs of activations: with
-// the sums and the results of eight limbs in registers this reaches 70-90 % of the integer peak, more than
-// widening a block of codes for larger register tiles did.
+// Batches reread a tile (K * 32 codes) for every eight limbs of activations, whose sums and results fill the
+// registers, and take rows in blocks whose limbs stay in the second-level cache while all tiles pass by.
 #pragma once
 
 #include "dot.hpp"
+#if LLMC_AMX
+#include "linear_amx.hpp"
+#endif
 
 LLMC_BEGIN
 
@@ -24,10 +26,24 @@ LLMC_INLINE void put_tile(const float* acc, const float* bias, float* y, int64_t
   }
 }
 
+// Asks for the two lines that will be written: stores retire in order, and a batch would wait for each of them.
+LLMC_INLINE void prefetch_tile_row(const float* y) {
+  __builtin_prefetch(y, 1, 3);
+  __builtin_prefetch(y + 16, 1, 3);
+}
+
 // Rows of one pass over a tile: as equal as can be, because a pass of one row costs half of one of eight.
 LLMC_INLINE int64_t row_chunk(int64_t rows, int64_t most) {
   const int64_t passes = (rows + most - 1) / most;
   return (rows + passes - 1) / passes;
+}
+
+// Rows of one block: whole passes of `chunk` rows whose activations, of `row_bytes` each, take at most half of a
+// common second-level cache, and few enough that each row's page of results has a translation at hand.
+LLMC_INLINE int64_t row_block(int64_t chunk, int64_t row_bytes) {
+  constexpr int64_t kCacheBytes = int64_t{512} << 10, kMostRows = 64;
+  const int64_t rows = kCacheBytes / row_bytes < kMostRows ? kCacheBytes / row_bytes : kMostRows;
+  return rows < chunk ? chunk : rows / chunk * chunk;
 }
 
 // One product: y[rows, ldy] (+)= x[rows] @ weight[out_features, in_features].T + bias.
@@ -48,11 +64,12 @@ LLMC_KERNEL void dot_tiles(const Product& p, int64_t first, int64_t tile_begin, 
   const size_t bytes = S::tile_bytes(p.in_features);
   alignas(64) float acc[M * kTileRows];
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    tile_dot<S, M>(p.weight + tile * bytes, rows, S::groups(p.in_features), acc);
     const int64_t column = tile * kTileRows;
+    float* y = p.y + first * p.ldy + column;
+    for (int m = 0; m < M; ++m) prefetch_tile_row(y + m * p.ldy);
+    tile_dot<S, M>(p.weight + tile * bytes, rows, S::groups(p.in_features), acc);
     for (int m = 0; m < M; ++m)
-      put_tile<I>(acc + m * kTileRows, p.bias ? p.bias + column : nullptr, p.y + (first + m) * p.ldy + column,
-                  p.out_features - column);
+      put_tile<I>(acc + m * kTileRows, p.bias ? p.bias + column : nullptr, y + m * p.ldy, p.out_features - column);
   }
 }
 
@@ -63,16 +80,52 @@ LLMC_INLINE void dot_rows(const Product& p, int64_t first, int64_t count, int64_
   if constexpr (M > 1) dot_rows<S, I, M - 1>(p, first, count, tile_begin, tile_end);
 }
 
+#if LLMC_AMX
+// Rows [first, first + rows) of one tile: whole steps, or fewer rows than one step has.
+template <class S, Into I>
+LLMC_KERNEL void panel_tile(const Product& p, int64_t first, int rows, int64_t tile) {
+  alignas(64) float results[kPanelRows * kTileRows];
+  const TileConfig config = step_config<S>(rows);
+  Tiles tiles(config);
+  const int64_t column = tile * kTileRows;
+  float* y = p.y + first * p.ldy + column;
+  for (int m = 0; m < rows; ++m) prefetch_tile_row(y + m * p.ldy);
+  panel_dot<S>(tiles, p.weight + tile * S::tile_bytes(p.in_features), p.x, first, rows, S::groups(p.in_features), results);
+  for (int m = 0; m < rows; ++m)
+    put_tile<I>(results + m * kTileRows, p.bias ? p.bias + column : nullptr, y + m * p.ldy, p.out_features - column);
+}
+
+// All rows, in blocks as below. Rows are consecutive: tiles are loaded with a stride.
+template <class S, Into I>
+inline void amx_tiles(const Product& p, int64_t tile_begin, int64_t tile_end) {
+  const int64_t block = round_up<int64_t>((int64_t{1} << 20) / (S::Limbs * p.x.code_stride) + 1, kPanelRows);
+  for (int64_t begin = 0; begin < p.rows; begin += block) {
+    const int64_t end = begin + block < p.rows ? begin + block : p.rows;
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile)
+      for (int64_t first = begin; first < end;) {
+        const int64_t left = end - first < kPanelRows ? end - first : kPanelRows;
+        const int64_t rows = left < kStepRows<S> ? left : left / kStepRows<S> * kStepRows<S>;
+        panel_tile<S, I>(p, first, static_cast<int>(rows), tile);
+        first += rows;
+      }
+  }
+}
+#endif
+
 // The tiles [tile_begin, tile_end) of a product, by one thread.
 template <class S, Into I>
 inline void linear_tiles(const Product& p, int64_t tile_begin, int64_t tile_end) {
+#if LLMC_AMX
+  if (p.rows >= kAmxRows && !p.index) return amx_tiles<S, I>(p, tile_begin, tile_end);
+#endif
   if (p.rows <= kDotRows<S>) return dot_rows<S, I>(p, 0, p.rows, tile_begin, tile_end);
-  const int64_t chunk = row_chunk(p.rows, kDotRows<S>);
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile)
-    for (int64_t first = 0; first < p.rows; first += chunk) {
-      const int64_t left = p.rows - first;
-      dot_rows<S, I>(p, first, left < chunk ? left : chunk, tile, tile + 1);
-    }
+  const int64_t chunk = row_chunk(p.rows, kDotRows<S>), block = row_block(chunk, S::Limbs * p.x.code_stride);
+  for (int64_t begin = 0; begin < p.rows; begin += block) {
+    const int64_t end = begin + block < p.rows ? begin + block : p.rows;
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile)
+      for (int64_t first = begin; first < end; first += chunk)
+        dot_rows<S, I>(p, first, first + chunk < end ? chunk : end - first, tile, tile + 1);
+  }
 }
 
 // The product, shared among threads by whole multiples of `grain` tiles.

@@ -13,6 +13,7 @@ from ..config import RuntimeConfig
 from ..memory import available_memory_bytes
 from ..page_budget import CacheDemand, num_pages
 from ..protocol import ExecutorCaps
+from .amx import usable_features
 from .cpu_model import CpuModel
 from .cpu_sampling import CpuSampled
 from .stepped import SteppedExecutor
@@ -91,10 +92,11 @@ def choose_level(unit: CpuUnit, features: frozenset[str]) -> str:
 
 
 def processor_features(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """The words of the processor's feature list; empty where the system tells none."""
+    """The words of the processor's feature list, as far as this process may use them; empty where the system
+    tells none."""
     if not path.exists() or platform.machine() not in ("x86_64", "AMD64"):
         return frozenset()
     for line in path.read_text().splitlines():
         if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
+            return usable_features(frozenset(line.partition(":")[2].split()))
     return frozenset()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmc.kernels.levels import NUMERIC_FLAGS, supported_levels
+from llmc.kernels.levels import AVX512VNNI, NUMERIC_FLAGS, Level, supported_levels
 
 HERE = Path(__file__).parent
 HEADERS = HERE.parents[1] / "kernels" / "cpu"
@@ -31,6 +31,13 @@ def cpu_features():
 
 
 LEVELS_HERE = supported_levels(cpu_features())
+# Where there are no tile registers, the code around them runs on tiles in standard C++.
+EMULATED_AMX = Level(
+    name="amx-emulated",
+    flags=(*AVX512VNNI.flags, "-DLLMC_AMX_EMULATED=1"),
+    features=AVX512VNNI.features,
+)
+PRODUCT_LEVELS = (*LEVELS_HERE, EMULATED_AMX) if AVX512VNNI in LEVELS_HERE else LEVELS_HERE
 
 
 def compile_harness(source, level, defines=(), extra=()):
@@ -63,16 +70,30 @@ def compile_harness(source, level, defines=(), extra=()):
 
 @pytest.fixture(scope="session")
 def build():
-    """`build(source, defines)`: level name -> loaded library, for every level of this machine."""
+    """`build(source, defines, levels)`: level name -> loaded library, for every level of this machine."""
     if COMPILER is None:
         pytest.skip("there is no C++ compiler")
 
-    def build_all(source, defines=()):
+    def build_all(source, defines=(), levels=LEVELS_HERE):
         with ThreadPoolExecutor(2) as pool:
-            paths = list(pool.map(lambda level: compile_harness(source, level, defines), LEVELS_HERE))
-        return {level.name: ctypes.CDLL(str(path)) for level, path in zip(LEVELS_HERE, paths, strict=True)}
+            paths = list(pool.map(lambda level: compile_harness(source, level, defines), levels))
+        return {level.name: ctypes.CDLL(str(path)) for level, path in zip(levels, paths, strict=True)}
 
     return build_all
+
+
+@pytest.fixture(scope="session")
+def product_levels():
+    """The levels that matrix products are built for: tiles run emulated."""
+    return PRODUCT_LEVELS
+
+
+@pytest.fixture(scope="session")
+def compile_level():
+    """`compile_level(source, level, defines)`: the path of the library, for levels that need not run here."""
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler")
+    return compile_harness
 
 
 @pytest.fixture

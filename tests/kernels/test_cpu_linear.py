@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from llmc.kernels.catalog import allocated_bytes, integer_linear
+from llmc.kernels.levels import AMX
 from llmc.kernels.packing import Codes, pack, pack_float
 from llmc.spec.quant import parse_scheme
 
@@ -54,8 +56,8 @@ class Call(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def libraries(build):
-    loaded = build("linear_harness.cpp", (f"LLMC_TEST_SCHEMES={ENTRIES}",))
+def libraries(build, product_levels):
+    loaded = build("linear_harness.cpp", (f"LLMC_TEST_SCHEMES={ENTRIES}",), product_levels)
     for library in loaded.values():
         library.scratch_bytes.restype = ctypes.c_int64
         library.scratch_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -260,3 +262,10 @@ def test_float_products_match_float64_and_keep_their_bits(libraries, rng, dtype)
             for rows in (1, 2, 3, 7, 8, 9, 33):
                 y = product(library, weight, x[:rows], threads=int(rng.integers(1, 4)))
                 np.testing.assert_array_equal(y, whole[:rows], err_msg=f"{name} {rows} {num_rows} {width}")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="tiles are of x86-64")
+def test_the_tile_level_compiles_to_tile_instructions(compile_level):
+    """What no test here can run where there is no AMX is at least accepted, and holds the instructions."""
+    library = compile_level("linear_harness.cpp", AMX, (f"LLMC_TEST_SCHEMES={ENTRIES}",)).read_bytes()
+    assert bytes.fromhex("c4e24a5ec4") in library  # tdpbsud %tmm6, %tmm4, %tmm0
