@@ -143,6 +143,23 @@ def read_tensors(path: Path) -> dict[str, TensorView]:
 
     Raises ArtifactError when the file's header does not describe its bytes.
     """
+    entries, start = _read_header(path)
+    size = path.stat().st_size
+    mapped = np.memmap(path, dtype=np.uint8, mode="r") if size > start else np.empty(size, np.uint8)
+    return {name: _view(path, name, entry, mapped[start:]) for name, entry in entries.items()}
+
+
+def locate_tensors(path: Path) -> dict[str, tuple[int, int]]:
+    """Where the values of each tensor lie in the safetensors file at `path`: (offset, length) in bytes."""
+    entries, start = _read_header(path)
+    return {
+        name: (start + entry.data_offsets[0], entry.data_offsets[1] - entry.data_offsets[0])
+        for name, entry in entries.items()
+    }
+
+
+def _read_header(path: Path) -> tuple[dict[str, _Entry], int]:
+    """The entries but for padding, and where values begin."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -150,13 +167,8 @@ def read_tensors(path: Path) -> dict[str, TensorView]:
             raise _unreadable(path, f"its header cannot have {header_bytes} bytes")
         text = file.read(header_bytes)
     entries = _decode_header(path, text)
-    start = 8 + header_bytes
-    mapped = np.memmap(path, dtype=np.uint8, mode="r") if size > start else np.empty(size, np.uint8)
-    views: dict[str, TensorView] = {}
-    for name, entry in entries.items():
-        if not name.startswith(_PADDING):
-            views[name] = _view(path, name, entry, mapped[start:])
-    return views
+    kept = {name: entry for name, entry in entries.items() if not name.startswith(_PADDING)}
+    return kept, 8 + header_bytes
 
 
 def _decode_header(path: Path, text: bytes) -> Mapping[str, _Entry]:

@@ -7,6 +7,8 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload
 
+from ..ir.arguments import argument as argument  # passes take their graph helpers from here
+from ..ir.arguments import argument_names
 from ..ir.program import Program
 
 
@@ -18,23 +20,6 @@ def is_call(node: Any, operator: OpOverload) -> bool:
 def calls(graph: fx.Graph, *operators: OpOverload) -> list[fx.Node]:
     """All calls of any of `operators`, in order."""
     return [node for node in graph.nodes if any(is_call(node, operator) for operator in operators)]
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """The argument `name` of an operator call, wherever it was written; its default where it was not."""
-    assert isinstance(node.target, OpOverload)
-    for index, entry in enumerate(node.target._schema.arguments):  # pyright: ignore[reportPrivateUsage]
-        if entry.name == name:
-            if index < len(node.args):
-                return node.args[index]
-            return node.kwargs.get(name, entry.default_value)
-    raise KeyError(f"{node.target} has no argument {name!r}")
-
-
-def argument_names(node: fx.Node) -> list[str]:
-    """The names of an operator's arguments, in order."""
-    assert isinstance(node.target, OpOverload)
-    return [entry.name for entry in node.target._schema.arguments]  # pyright: ignore[reportPrivateUsage]
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:

@@ -57,7 +57,8 @@ class KvLayout:
     def run(self, program: Program, context: PassContext) -> PassResult:
         """One match per attention layer; a decision per group."""
         spec = program.spec
-        dtype = {"auto": spec.compute_dtype, "fp8": "float8_e4m3fn"}.get(self.dtype, self.dtype)
+        auto = context.target.cache_dtype or spec.compute_dtype
+        dtype = {"auto": auto, "fp8": "float8_e4m3fn"}.get(self.dtype, self.dtype)
         layout = plan_cache(spec, dtype, self.page_tokens or context.target.page_tokens)
         decisions = tuple(_describe(index, group) for index, group in enumerate(layout.groups))
         report = PassReport(matches=len(spec.attention), decisions=decisions)

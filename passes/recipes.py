@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import yaml
 
 from ..spec.errors import RecipeError
+from ..spec.target_options import is_target_option
 from .base import PAGED, TRACED, OptionValue, Pass, Stage, option_values, options_of
 from .manager import check_order
 from .options import build_pass, closest, option_named, parse_value
@@ -44,7 +45,7 @@ class RecipeRequest(Protocol):
 
     @property
     def overrides(self) -> Sequence[str]:
-        """Texts `pass.option=value`."""
+        """Texts `pass.option=value`; those of targets are not looked at."""
         ...
 
     @property
@@ -63,7 +64,7 @@ def recipe_for(request: RecipeRequest) -> Recipe:
         recipe = read_recipe(request.recipe)
     else:
         recipe = preset_recipe(request.quant or "none")
-    overrides = list(request.overrides)
+    overrides = [text for text in request.overrides if not is_target_option(text)]
     if request.kv_dtype is not None:
         overrides.append(f"kv_layout.dtype={request.kv_dtype}")
     recipe = override(recipe, overrides)

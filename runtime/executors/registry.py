@@ -12,7 +12,9 @@ from ..config import RuntimeConfig
 from ..protocol import Executor
 
 # Target kind -> module with a function `open_executor(artifact, config) -> Executor`.
-_EXECUTORS = {"cpu": ".cpu", "reference": ".reference"}
+_EXECUTORS = {"cpu": ".cpu", "cuda": ".cuda", "onnx": ".onnxruntime", "reference": ".reference"}
+# Library that an executor may miss -> the extra that brings it.
+_EXTRAS = {"torch": "compile", "triton": "cuda", "onnxruntime": "onnx"}
 
 
 def open_executor(artifact: Artifact, config: RuntimeConfig) -> Executor:
@@ -31,12 +33,13 @@ def open_executor(artifact: Artifact, config: RuntimeConfig) -> Executor:
     try:
         module = import_module(_EXECUTORS[target.kind], __package__)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "triton"):
+        if error.name not in _EXTRAS:
             raise
         raise TargetError(
             "target.missing_library",
             f"The target {target.name!r} needs the library {error.name}.",
             "It is not installed in this environment.",
-            "Install it with `pip install 'llmc-compiler[compile]'`, or use an artifact of another target.",
+            f"Install it with `pip install 'llmc-compiler[{_EXTRAS[error.name]}]'`, or use an artifact of "
+            "another target.",
         ) from error
     return cast("Executor", module.open_executor(artifact, config))

@@ -1,0 +1,49 @@
+"""The executor of ONNX artifacts: ONNX Runtime and numpy, no torch."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+
+from ...artifact.onnx import ONNX_ENGINE, ONNX_UNIT, decode_onnx_unit
+from ...artifact.reader import Artifact
+from ..config import RuntimeConfig
+from ..memory import available_memory_bytes
+from ..page_budget import CacheDemand, num_pages
+from ..protocol import ExecutorCaps
+from .onnx_model import OnnxModel
+from .stepped import OracleSampled, SteppedExecutor
+
+
+def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
+    """The executor of an artifact of target kind `onnx`, on the CPU."""
+    spec, layout = artifact.manifest.spec, artifact.manifest.cache
+    unit = decode_onnx_unit(artifact.read_bytes(ONNX_UNIT))
+    max_model_len = min(config.max_model_len or spec.max_context, spec.max_context)
+    demand = CacheDemand(
+        max_requests=config.max_requests, max_model_len=max_model_len, max_step_tokens=config.max_step_tokens
+    )
+    pages = num_pages(layout, demand, config.cache_bytes, available_memory_bytes())
+    threads = config.num_threads or len(os.sched_getaffinity(0))
+    model = OnnxModel(
+        artifact.path / ONNX_ENGINE,
+        unit,
+        layout,
+        pages,
+        config.max_requests,
+        max_model_len,
+        spec.vocab_size,
+        threads,
+    )
+    caps = ExecutorCaps(
+        name="onnxruntime",
+        vocab_size=spec.vocab_size,
+        max_context=spec.max_context,
+        max_rows=config.max_requests,
+        max_tokens=config.max_step_tokens,
+        max_in_flight=1,
+        cache=layout,
+        num_blocks=pages,
+        details={"onnxruntime": metadata.version("onnxruntime"), "threads": str(threads)},
+    )
+    return SteppedExecutor(OracleSampled(model), caps)
