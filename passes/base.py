@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 
 from ..ir.program import Program
-from ..spec.history import Decision
+from ..spec.history import Decision, LayerError
 from ..spec.target import REFERENCE, Target
+from .calibration import Calibration
 
 OptionValue = bool | int | float | str
 Value = TypeVar("Value", bool, int, float, str)
@@ -70,7 +71,10 @@ class PassContext:
     """What every pass of one compile may look at, apart from the program and its own options.
 
     `max_tokens` and `max_rows` bound one step (tokens in it, sequences in it); `max_model_len` bounds
-    one sequence in tokens. `seed` feeds whatever a pass draws at random.
+    one sequence in tokens. `seed` feeds whatever a pass draws at random. `calibration` is where passes that
+    compute weights keep them, with tokens when a pass of the recipe `needs_calibration`. With `planning` no
+    weight may be evaluated: what a pass would compute from data is left as rounding to nearest, of the
+    same form and size.
     """
 
     target: Target = REFERENCE
@@ -78,19 +82,23 @@ class PassContext:
     max_rows: int = 32
     max_model_len: int = 4096
     seed: int = 0
+    calibration: Calibration | None = None
+    planning: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassReport:
     """What a pass did: regions rewritten, choices taken, and why near-matches were left alone.
 
-    `contract` replaces the class's where the run was held to another one, for example because an
-    option or a dtype of the program turned an exact rewrite into a lossy one.
+    `errors` say what layers lost, where the pass measured it. `contract` replaces the class's where the
+    run was held to another one, for example because an option or a dtype of the program turned an exact
+    rewrite into a lossy one.
     """
 
     matches: int = 0
     decisions: tuple[Decision, ...] = ()
     misses: tuple[str, ...] = ()
+    errors: tuple[LayerError, ...] = ()
     contract: Contract | None = None
 
 
@@ -177,3 +185,8 @@ def options_of(kind: type[Pass]) -> tuple[OptionInfo, ...]:
 def option_values(pass_: Pass) -> dict[str, OptionValue]:
     """The options of one pass instance by name."""
     return {info.name: getattr(pass_, info.name) for info in options_of(type(pass_))}
+
+
+def needs_calibration(pass_: Pass) -> bool:
+    """Whether a pass looks at activations: it has a true attribute `calibrated`."""
+    return bool(getattr(pass_, "calibrated", False))

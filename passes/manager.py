@@ -81,6 +81,7 @@ def _record(
         divergence=divergence,
         decisions=report.decisions,
         misses=report.misses,
+        errors=report.errors,
     )
 
 

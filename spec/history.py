@@ -15,6 +15,17 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerError:
+    """How much of one layer's output a pass lost: squared error over squared output on the calibration
+    tokens (over the weights alone where there were none), and what rounding to nearest loses there.
+    """
+
+    subject: str
+    error: float
+    nearest_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PassRecord:
     """The trace one pass leaves in `Program.history` and in the artifact.
 
@@ -30,3 +41,4 @@ class PassRecord:
     divergence: float | None = None
     decisions: tuple[Decision, ...] = ()
     misses: tuple[str, ...] = field(default=())
+    errors: tuple[LayerError, ...] = ()

@@ -22,7 +22,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tens
     return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
-def _expert(
+def expert_hidden(
     x: Tensor,
     gate_up: Tensor,
     bias: Tensor | None,
@@ -32,6 +32,7 @@ def _expert(
     limit: float,
     activation_scheme: str,
 ) -> Tensor:
+    """What one expert's `gate_up` gives for rows `x`, activation applied: the input of its `down`."""
     hidden = tiled_linear(rounded_input(x, activation_scheme), gate_up)
     if bias is not None:
         hidden = hidden + bias
@@ -66,7 +67,7 @@ def _mixture(
             rows = (expert_ids[:, choice] == expert).nonzero()[:, 0]
             gate_up, down = experts(expert)
             bias = None if gate_up_bias is None else gate_up_bias[expert]
-            hidden = _expert(x[rows], gate_up, bias, *settings, activation_scheme)
+            hidden = expert_hidden(x[rows], gate_up, bias, *settings, activation_scheme)
             result = tiled_linear(rounded_input(hidden, activation_scheme), down)
             if down_bias is not None:
                 result = result + down_bias[expert]

@@ -5,6 +5,7 @@ Knows which operators have a quantised form and what a weight is for; chooses no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
 import torch
@@ -22,6 +23,10 @@ MOE = torch.ops.llmc.moe.default
 QUANTIZED_LINEAR = torch.ops.llmc.quantized_linear.default
 QUANTIZED_EMBEDDING = torch.ops.llmc.quantized_embedding.default
 QUANTIZED_MOE = torch.ops.llmc.quantized_moe.default
+
+
+# The stored parts of a weight in a scheme, by the names they get.
+PartsOf = Callable[[str, Expr, QuantScheme], dict[str, Expr]]
 
 
 class Role(Enum):
@@ -77,9 +82,11 @@ def parts_of(name: str, expr: Expr, scheme: QuantScheme) -> dict[str, Expr]:
     return {f"{name}.{part}": Quantized(expr, scheme, part) for part in parts}
 
 
-def quantize_matrix(graph: fx.Graph, reader: fx.Node, scheme: QuantScheme, expr: Expr) -> dict[str, Expr]:
+def quantize_matrix(
+    graph: fx.Graph, reader: fx.Node, scheme: QuantScheme, expr: Expr, parts: PartsOf = parts_of
+) -> dict[str, Expr]:
     """Give every linear and table that reads weight `reader` its codes; returns the weights that are new."""
-    added = parts_of(str(reader.target), expr, scheme)
+    added = parts(str(reader.target), expr, scheme)
     with graph.inserting_before(reader):
         codes, scales, zeros = _read(graph, added)
     dtype = str(expr.dtype).removeprefix("torch.")
@@ -98,21 +105,25 @@ def quantize_matrix(graph: fx.Graph, reader: fx.Node, scheme: QuantScheme, expr:
 
 
 def quantize_experts(
-    graph: fx.Graph, moe: fx.Node, program: Program, gate_up: QuantScheme, down: QuantScheme
+    graph: fx.Graph,
+    moe: fx.Node,
+    program: Program,
+    schemes: tuple[QuantScheme, QuantScheme],
+    parts: PartsOf = parts_of,
 ) -> dict[str, Expr]:
-    """Give one `llmc.moe` the codes of its experts; returns the weights that are new."""
+    """Give one `llmc.moe` the codes of its experts, `gate_up` first; returns the weights that are new."""
     added: dict[str, Expr] = {}
     read: list[fx.Node | None] = []
     with graph.inserting_before(moe):
-        for node, scheme in zip(_experts(moe), (gate_up, down), strict=True):
+        for node, scheme in zip(_experts(moe), schemes, strict=True):
             name = str(node.target)
-            parts = parts_of(name, program.weights[name], scheme)
-            read.extend(_read(graph, parts))
-            added |= parts
+            own = parts(name, program.weights[name], scheme)
+            read.extend(_read(graph, own))
+            added |= own
         inputs = [argument(moe, name) for name in ("x", "expert_ids", "expert_weights")]
         biases = [argument(moe, name) for name in ("gate_up_bias", "down_bias")]
         settings = [argument(moe, name) for name in ("activation", "interleaved", "alpha", "limit")]
-        args = (*inputs, *read, *biases, *settings, gate_up.name, down.name)
+        args = (*inputs, *read, *biases, *settings, *(scheme.name for scheme in schemes))
         new = insert(graph, QUANTIZED_MOE, args, like=moe.meta["val"])
     moe.replace_all_uses_with(new)
     graph.erase_node(moe)

@@ -1,0 +1,81 @@
+"""Codes and scales made better in turns, one column or group at a time, with all others held.
+
+Each step solves its own small problem exactly, so the layer's output error never grows: coordinate descent
+over codes (as in QuantEase, Behdin et al. 2023) and least squares over scales. Shape letters as in `grid`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...spec.quant import QuantScheme
+from .grid import Grid, by_column, code_range, storable, values_of
+
+_BLOCK = 128
+
+
+def descend(
+    weight_NK: Tensor, gram_KK: Tensor, codes_NK: Tensor, grid: Grid, scheme: QuantScheme, rounds: int
+) -> tuple[Tensor, Grid]:
+    """Codes and grid after `rounds` sweeps over scales, then codes. Zero points stay.
+
+    `gram` must be positive semidefinite; columns that were never active keep their codes.
+    """
+    codes_NK = codes_NK.clone()
+    for _ in range(rounds):
+        grid = _refit_scales(weight_NK, gram_KK, codes_NK, grid, scheme)
+        _sweep_codes(weight_NK, gram_KK, codes_NK, grid, scheme)
+    return codes_NK, grid
+
+
+def _refit_scales(
+    weight_NK: Tensor, gram_KK: Tensor, codes_NK: Tensor, grid: Grid, scheme: QuantScheme
+) -> Grid:
+    width = weight_NK.shape[1]
+    size = scheme.group_size or width
+    pull_NK = (weight_NK - values_of(codes_NK, grid, scheme)) @ gram_KK
+    scales = grid.scales.clone()
+    for group in range(scales.shape[1]):
+        columns = slice(group * size, min((group + 1) * size, width))
+        codes = codes_NK[:, columns]
+        if grid.zeros is not None:
+            codes = codes - grid.zeros[:, group, None]
+        norm = ((codes @ gram_KK[columns, columns]) * codes).sum(1)
+        gain = (pull_NK[:, columns] * codes).sum(1)
+        old = scales[:, group]
+        new = storable(torch.where(norm > 0, old + gain / norm, old), scheme, old)
+        pull_NK -= ((new - old)[:, None] * codes) @ gram_KK[columns]
+        scales[:, group] = new
+    return Grid(scales, grid.zeros)
+
+
+def _sweep_codes(
+    weight_NK: Tensor, gram_KK: Tensor, codes_NK: Tensor, grid: Grid, scheme: QuantScheme
+) -> None:
+    """One sweep over the columns, in place. `pull` is the error times `gram`: what each column would have
+    to move by, times its second moment, to be best given all others."""
+    width = weight_NK.shape[1]
+    low, high = code_range(scheme)
+    values = values_of(codes_NK, grid, scheme)
+    pull_KN = (gram_KK @ (weight_NK - values).T).contiguous()
+    scales_KN = by_column(grid.scales, scheme, width).T.contiguous()
+    codes_KN = codes_NK.T.contiguous()
+    moments = gram_KK.diagonal()
+    for start in range(0, width, _BLOCK):
+        stop = min(start + _BLOCK, width)
+        pull = pull_KN[start:stop]
+        moved = torch.zeros_like(pull)
+        for column in range(start, stop):
+            moment = float(moments[column])
+            if moment <= 0:
+                continue
+            old = codes_KN[column]
+            new = (old + pull[column - start] / (moment * scales_KN[column])).round_().clamp_(low, high)
+            change = (new - old) * scales_KN[column]
+            codes_KN[column] = new
+            moved[column - start] = change
+            pull.addr_(gram_KK[start:stop, column], change, alpha=-1)
+        pull_KN[:start].addmm_(gram_KK[:start, start:stop], moved, alpha=-1)
+        pull_KN[stop:].addmm_(gram_KK[stop:, start:stop], moved, alpha=-1)
+    codes_NK.copy_(codes_KN.T)

@@ -1,0 +1,109 @@
+"""Codes of the linears that share one input, by the second moments of that input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ...ir.program import Program
+from ...spec.history import LayerError
+from ...spec.quant import QuantScheme
+from ..graph import argument
+from .finite import finite_weight
+from .moments import Drift, SecondMoments
+from .propagation import DAMPING, Propagation
+from .rounding import Method, Rounded, round_matrix
+from .segments import Segment
+from .selection import Choice, scheme_of
+from .solved import Result
+from .walk import Walk
+
+
+class Streams(NamedTuple):
+    """The calibration tokens on their way through what is quantised so far, and through the program as it
+    was; None when nobody asks for that."""
+
+    now: Walk
+    before: Walk | None
+
+
+def solve_linears(
+    program: Program, streams: Streams, segment: Segment, choices: Mapping[str, Choice], method: Method
+) -> dict[str, Result]:
+    """Results for the weights of all linears of `segment`, which comes next in both streams."""
+    assert segment.x is not None
+    names = dict.fromkeys(str(argument(site, "weight").target) for site in segment.sites)
+    weights = {name: finite_weight(program, name) for name in names}
+    width = next(iter(weights.values())).shape[-1]
+    moments = SecondMoments(width)
+    for value in streams.now.values(segment.x):
+        moments.observe(value.reshape(-1, width))
+    inputs = Inputs(moments.gram(), method)
+    pulls = _pulls(streams, segment.x, weights) if streams.before is not None else {}
+    return {
+        name: inputs.solve(name, weight, scheme_of(choices[name]), pulls.get(name))
+        for name, weight in weights.items()
+    }
+
+
+def _pulls(streams: Streams, x: fx.Node, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each weight the drift of its inputs as `weight @ d.T @ x` (see `Drift`)."""
+    assert streams.before is not None
+    counts = [weight.shape[0] for weight in weights.values()]
+    width = next(iter(weights.values())).shape[1]
+    small = sum(counts) < width
+    drift = Drift(width, torch.cat([weight.float() for weight in weights.values()]) if small else None)
+    for now, before in zip(streams.now.values(x), streams.before.values(x), strict=True):
+        drift.observe(now.reshape(-1, width), before.reshape(-1, width))
+    if not small:
+        return {name: drift.pull(weight) for name, weight in weights.items()}
+    whole = drift.pull(torch.empty(0, width))
+    return dict(zip(weights, whole.split(counts), strict=True))
+
+
+class Inputs:
+    """What is known of the inputs of some products, ready for any number of matrices."""
+
+    def __init__(self, gram_KK: Tensor, method: Method) -> None:
+        self._method = method
+        self._active = bool(gram_KK.diagonal().any())
+        self._gram = gram_KK if self._active else None
+        self._propagation = Propagation(gram_KK) if self._active and method.propagate else None
+
+    def solve(
+        self, name: str, weight_NK: Tensor, scheme: QuantScheme, pull_NK: Tensor | None = None
+    ) -> Result:
+        """The codes of one matrix, and what there is to say; `pull` is the drift of its inputs."""
+        target = self._target(weight_NK, pull_NK)
+        rounded = round_matrix(weight_NK, scheme, self._method, self._gram, self._propagation, target)
+        error = LayerError(subject=name, error=rounded.error, nearest_error=rounded.nearest_error)
+        return Result(rounded.tensor, error, self._note(rounded))
+
+    def _target(self, weight_NK: Tensor, pull_NK: Tensor | None) -> Tensor | None:
+        """The weights that would give on inputs as they are what these gave on inputs as they were, or the
+        part of the way there that the method goes (GPTAQ, Li et al. 2025; QEP, Arai & Ichikawa 2025)."""
+        propagation = self._propagation
+        if pull_NK is None or propagation is None or propagation.damping is None:
+            return None
+        return weight_NK.float() + self._method.catch_up * propagation.solve(pull_NK)
+
+    def _note(self, rounded: Rounded) -> str:
+        notes: list[str] = []
+        if not self._active:
+            notes.append("no calibration token activated it, so it was rounded by the weights alone")
+        if self._propagation is not None:
+            damping, num_dead = self._propagation.damping, self._propagation.num_dead
+            if damping is None:
+                notes.append(
+                    f"its inputs are singular even with a damping of {DAMPING[-1]:g}: no error propagation"
+                )
+            elif damping > DAMPING[0]:
+                notes.append(f"its inputs are nearly singular and took a damping of {damping:g}")
+            if num_dead:
+                notes.append(f"{num_dead} of its inputs were never active")
+        if rounded.num_nearest:
+            notes.append(f"rounding to nearest was best for {rounded.num_nearest} rows")
+        return "; ".join(notes)

@@ -1,0 +1,166 @@
+"""Carry calibration tokens through a program segment by segment, each fed by what came before it.
+
+Computes in float32 whatever the program's dtype. At any time one segment's weights are in memory, and of the
+activations what the store holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from ...ir.program import Program
+from ...spec.errors import ModelError
+from ..calibration import Calibration
+from ..fuse_linears import ATTENTION, LINEAR
+from .activations import ActivationStore
+from .segments import Segment, cut_segments
+
+_BATCH_TOKENS = 2048
+_LOW = frozenset({torch.bfloat16, torch.float16})
+
+
+class Walk:
+    """Calibration activations on their way through a program. Segments are visited in order: look at the
+    inputs of one, then advance over it, with some of its weights replaced."""
+
+    def __init__(
+        self, program: Program, sites: Sequence[fx.Node], calibration: Calibration, name: str
+    ) -> None:
+        self.segments = cut_segments(program.graph, sites)
+        self._program = program
+        self._batches = make_batches(calibration.sequences)
+        self._store = ActivationStore(calibration.folder / f"activations-{name}", calibration.memory_bytes)
+
+    @property
+    def num_batches(self) -> int:
+        """How many steps it takes to run all sequences."""
+        return len(self._batches)
+
+    def values(self, node: fx.Node) -> Iterator[Tensor]:
+        """A live value of the segment that comes next, batch by batch."""
+        for batch in range(len(self._batches)):
+            yield self._store.look(batch, node.name)
+
+    def outputs(self, segment: Segment, weights: Mapping[str, Tensor], batch: int) -> dict[fx.Node, Any]:
+        """What `segment`, the next one, gives for one batch with `weights` in place of its own."""
+        known: dict[fx.Node, Any] = {node: self._store.look(batch, node.name) for node in segment.live_in}
+        return run_nodes(segment.nodes, known, self._batches[batch], self._reader(weights))
+
+    def advance(self, segment: Segment, weights: Mapping[str, Tensor]) -> None:
+        """Run `segment`, which comes next, with `weights` in place of the program's own of these names.
+
+        Raises ModelError when a value that goes on is not finite.
+        """
+        following = segment.index + 1
+        live_out = self.segments[following].live_in if following < len(self.segments) else ()
+        read = self._reader(weights)
+        for batch, inputs in enumerate(self._batches):
+            known: dict[fx.Node, Any] = {n: self._store.take(batch, n.name) for n in segment.live_in}
+            if not live_out:
+                continue
+            values = run_nodes(segment.nodes, known, inputs, read)
+            for node in live_out:
+                _check_finite(node, values[node])
+            self._store.put(batch, {node.name: values[node] for node in live_out})
+
+    def close(self) -> None:
+        """Give up what is kept, files included."""
+        self._store.close()
+
+    def _reader(self, weights: Mapping[str, Tensor]) -> Any:
+        kept: dict[str, Tensor] = dict(weights)
+
+        def read(name: str) -> Tensor:
+            if name not in kept:
+                kept[name] = raised(self._program.weights.evaluate(name))
+            return kept[name]
+
+        return read
+
+
+def make_batches(sequences: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:
+    """Graph inputs of steps that hold as many whole sequences as fit in a bounded number of tokens."""
+    groups: list[list[Sequence[int]]] = []
+    used = _BATCH_TOKENS
+    for sequence in sequences:
+        if used + len(sequence) > _BATCH_TOKENS:
+            groups.append([])
+            used = 0
+        groups[-1].append(sequence)
+        used += len(sequence)
+    return [_inputs(group) for group in groups]
+
+
+def _inputs(group: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    tokens = [token for sequence in group for token in sequence]
+    return {
+        "input_ids": torch.tensor(tokens),
+        "positions": torch.cat([torch.arange(len(sequence)) for sequence in group]),
+        "out_rows": torch.arange(len(tokens)),
+    }
+
+
+def run_nodes(
+    nodes: Sequence[fx.Node], known: dict[fx.Node, Any], inputs: Mapping[str, Tensor], weight: Any
+) -> dict[fx.Node, Any]:
+    """The values of `nodes`, with those of `known`; tables of positions are computed where they are read."""
+    values = dict(known)
+
+    def value(node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return weight(str(node.target))
+        if node not in values:
+            values[node] = inputs[str(node.target)] if node.op == "placeholder" else call(node)
+        return values[node]
+
+    def call(node: fx.Node) -> Any:
+        args: tuple[Any, ...] = fx.map_arg(node.args, value)
+        kwargs: dict[str, Any] = fx.map_arg(node.kwargs, value)
+        kwargs = {key: torch.float32 if arg in _LOW else arg for key, arg in kwargs.items()}
+        if node.target is LINEAR:
+            return F.linear(*args, **kwargs)
+        if node.target is ATTENTION and _is_plain(args):
+            return _plain_attention(*args[:4], scale=args[7])
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    with torch.no_grad():
+        for node in nodes:
+            value(node)
+    return values
+
+
+def _is_plain(args: Sequence[Any]) -> bool:
+    """Whether an attention has neither sinks nor window, soft cap or chunks."""
+    return len(args) == 11 and args[4] is None and not any(args[8:])
+
+
+def _plain_attention(q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """Causal attention by torch's own kernel, sequence by sequence."""
+    starts = (positions == 0).nonzero()[:, 0].tolist()
+    parts: list[Tensor] = []
+    for start, stop in zip(starts, (*starts[1:], len(positions)), strict=True):
+        q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (q_THD, k_TGD, v_TGV))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def raised(value: Tensor) -> Tensor:
+    """A tensor of low precision as float32, any other as it is."""
+    return value.float() if value.dtype in _LOW else value
+
+
+def _check_finite(node: fx.Node, value: Any) -> None:
+    if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+        raise ModelError(
+            "calibration.not_finite",
+            f"The activations of {node.name} are not finite.",
+            "Calibration runs the model on real tokens, and some value overflowed or was never a number.",
+            "Check the weights (`llmc inspect MODEL`), or calibrate on other text.",
+        )
