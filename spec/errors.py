@@ -23,6 +23,10 @@ class LlmcError(Exception):
         self.why = why
         self.fix = fix
 
+    def __reduce__(self) -> tuple[type[LlmcError], tuple[str, str, str, str]]:
+        """An error crosses from one process to another whole."""
+        return type(self), (self.code, self.what, self.why, self.fix)
+
     def as_dict(self) -> dict[str, str]:
         """The `error` object of `--json` output."""
         return {"code": self.code, "what": self.what, "why": self.why, "fix": self.fix}

@@ -1,0 +1,1 @@
+"""Code for NVIDIA GPUs: kernels compiled ahead of time, without a GPU."""

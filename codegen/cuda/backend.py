@@ -1,0 +1,92 @@
+"""The CUDA backend: weights in the forms that kernels read, and every kernel a step may launch, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+
+from ...artifact.cuda import CUDA_UNIT, CudaKernel, CudaUnit, decode_unit, encode_unit
+from ...artifact.reader import Artifact
+from ...artifact.writer import ArtifactWriter
+from ...ir.program import Program
+from ...ir.weights import Expr, WeightStore
+from ...kernels.cuda.launch import Specialisation
+from ...spec.target import Target
+from ..base import RecallBytes, compute_bytes
+from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
+from .assemble import Machine, assemble, require_triton
+from .dry_walk import needed_kernels
+from .words import CodesOfWords, stored_weights, word_weights
+
+# Programs, cubins, headers, tokenizer and manifest.
+_BESIDE_WEIGHTS_BYTES = 64 * 2**20
+# The architecture whose PTX every newer GPU's driver can compile.
+_PORTABLE = "sm_80"
+
+
+class Backend:
+    """`codegen.base.Backend` of target kind `cuda`."""
+
+    def __init__(self, target: Target) -> None:
+        self._architectures = target.levels
+
+    def estimate_bytes(self, program: Program, portable: Program) -> int:
+        """Bytes of all weights as stored, and a bound for the rest."""
+        require_triton()
+        return shared_weights(program, portable).total_bytes + _BESIDE_WEIGHTS_BYTES
+
+    def emit(
+        self,
+        program: Program,
+        portable: Program,
+        writer: ArtifactWriter,
+        progress: Callable[[WeightProgress], None] | None = None,
+        cache: RecallBytes = compute_bytes,
+    ) -> None:
+        """Write programs, kernels and weights.
+
+        Raises TargetError when triton is missing or a matrix's scheme has no kernel.
+        """
+        shared = shared_weights(program, portable)
+        words = word_weights(program)
+        stored = stored_weights({name: shared[name] for name in shared}, words)
+        read = stored | {word.codes: stored[word.stored] for word in words}
+        specialisations = needed_kernels(program, read)
+        wanted = [(each, name) for name in self._architectures for each in specialisations]
+        kernels = [
+            _write_kernel(each, name, machine, writer)
+            for (each, name), machine in zip(wanted, assemble(wanted), strict=True)
+        ]
+        write_programs(program, portable, writer)
+        unit = CudaUnit(triton=version("triton"), kernels=tuple(kernels), words=words)
+        writer.write_bytes(CUDA_UNIT, "kernel", encode_unit(unit))
+        write_weights(WeightStore(stored, shared.ties, shared.reader), writer, progress=progress)
+
+    def stored_weights(self, artifact: Artifact) -> Mapping[str, Expr]:
+        """The tensors of the files, words unpacked as they are asked for."""
+        stored = stored_sources(artifact)
+        for word in decode_unit(artifact.read_bytes(CUDA_UNIT)).words:
+            stored[word.codes] = CodesOfWords(stored[word.stored], (word.rows, word.width))
+        return stored
+
+
+def _write_kernel(
+    specialisation: Specialisation, architecture: str, machine: Machine, writer: ArtifactWriter
+) -> CudaKernel:
+    stem = f"kernels/{specialisation.kernel}-{specialisation.key}"
+    file, ptx = f"{stem}-{architecture}.cubin", f"{stem}.ptx" if architecture == _PORTABLE else ""
+    writer.write_bytes(file, "kernel", machine.cubin)
+    if ptx:
+        writer.write_bytes(ptx, "kernel", machine.ptx)
+    return CudaKernel(
+        key=specialisation.key,
+        architecture=architecture,
+        file=file,
+        name=machine.name,
+        parameters=specialisation.parameters,
+        warps=machine.warps,
+        shared_bytes=machine.shared_bytes,
+        registers=machine.registers,
+        stack_bytes=machine.stack_bytes,
+        ptx=ptx,
+    )

@@ -1,0 +1,86 @@
+"""One kernel through triton's compiler. Runs in processes that do nothing else."""
+
+# pyright: basic
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ...kernels.cuda.jit import kernel_function
+from ...kernels.cuda.launch import Specialisation
+from ...spec.errors import InternalError
+from .assemble import Machine
+from .cubin import check_parameters
+
+
+def compile_one(wanted: tuple[Specialisation, str]) -> Machine:
+    """Machine code of a specialisation for an architecture, its parameters checked."""
+    specialisation, architecture = wanted
+    compiled = _compile(specialisation, architecture)
+    cubin = compiled.asm["cubin"]
+    metadata = compiled.metadata
+    check_parameters(cubin, metadata.name, [kind for _, kind in specialisation.parameters])
+    registers, stack_bytes = _resources(cubin)
+    return Machine(
+        cubin=cubin,
+        ptx=compiled.asm["ptx"].encode(),
+        name=metadata.name,
+        warps=metadata.num_warps,
+        shared_bytes=metadata.shared,
+        registers=registers,
+        stack_bytes=stack_bytes,
+    )
+
+
+def _compile(specialisation: Specialisation, architecture: str) -> triton.compiler.CompiledKernel:
+    function = kernel_function(specialisation.kernel)
+    types = dict(specialisation.types)
+    constants = dict(specialisation.constants) | {
+        name: None for name, kind in types.items() if kind == "none"
+    }
+    signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
+    aligned = [["tt.divisibility", 16]]
+    hints = {(i,): aligned for i, name in enumerate(function.arg_names) if signature[name].startswith("*")}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints)
+    options = {
+        "num_warps": specialisation.warps,
+        "num_stages": specialisation.stages,
+        # A multiplication and an addition that become one change bits, and not in every kernel alike.
+        "enable_fp_fusion": False,
+    }
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    try:
+        return triton.compile(source, target=target, options=options)
+    except Exception as error:
+        reason = [type(error).__name__, *str(error).strip().splitlines()][-1]
+        raise InternalError(
+            "cuda.kernel",
+            f"Kernel {specialisation.kernel!r} does not compile for {architecture}.",
+            f"triton says: {reason}.",
+            "Report this with the model and the version of triton.",
+        ) from error
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise InternalError(
+            "cuda.resources",
+            "A compiled kernel does not say what it uses.",
+            "cuobjdump, which comes with triton, printed no registers.",
+            "Report this with the version of triton.",
+        )
+    return int(found[1]), int(found[2])

@@ -1,0 +1,61 @@
+"""RMS and layer norm, alone or behind a residual addition: one program a row."""
+
+# pyright: basic
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normalize(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    total_ptr,
+    eps,
+    offset,
+    x_stride: tl.constexpr,
+    residual_stride: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr,
+    ADDS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
+):
+    """`llmc.rms_norm`, `llmc.layer_norm` (`CENTRED`) and their `add_` forms (`ADDS`) of rows `[WIDTH]`.
+
+    Grid (rows,). Strides are in elements between rows; `out` and `total` are dense. Statistics are float32.
+    `CAST_FIRST` is style `cast_then_scale`.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+    if ADDS:
+        residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * WIDTH + column, x, mask=inside)
+    wide = x.to(tl.float32)
+    if CENTRED:
+        wide = tl.where(inside, wide - tl.sum(wide, 0) / WIDTH, 0.0)
+    wide = wide * (1.0 / tl.sqrt_rn(tl.sum(wide * wide, 0) / WIDTH + eps))
+    element = out_ptr.dtype.element_ty
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+        if CAST_FIRST:
+            scale = (weight.to(tl.float32) + offset).to(weight.dtype)
+            wide = wide.to(x.dtype).to(tl.float32) * scale.to(tl.float32)
+        else:
+            wide = wide * (weight.to(tl.float32) + offset)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        if CAST_FIRST:
+            wide = wide.to(element).to(tl.float32)
+        wide = wide + bias
+    tl.store(out_ptr + row * WIDTH + column, wide.to(element), mask=inside)

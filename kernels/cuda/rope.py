@@ -1,0 +1,101 @@
+"""Rotary embedding of queries and keys, and the write into the paged cache, one program a token and head."""
+
+# pyright: basic
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rotated(
+    x_ptr, position, inv_freq_ptr, scale, column, R: tl.constexpr, FIRST: tl.constexpr, STYLE: tl.constexpr
+):
+    """Elements `column[n]` of a head after `llmc.rope`, float32: `R` elements from `FIRST` on turn, others
+    stay.
+
+    Gathers two elements of x for each result, both from one cache line or two.
+    """
+    within = column - FIRST
+    turns = (within >= 0) & (within < R)
+    half: tl.constexpr = R // 2
+    if STYLE == "interleaved":
+        pair = within // 2
+        is_second = within % 2 == 1
+    else:
+        is_second = within >= half
+        pair = tl.where(is_second, within - half, within)
+    if STYLE == "half":
+        first = FIRST + pair
+        second = first + half
+    else:
+        first = FIRST + 2 * pair
+        second = first + 1
+    a = tl.load(x_ptr + first, mask=turns, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + second, mask=turns, other=0.0).to(tl.float32)
+    angle = position.to(tl.float32) * tl.load(inv_freq_ptr + pair, mask=turns, other=0.0).to(tl.float32)
+    cosine = tl.cos(angle) * scale
+    sine = tl.sin(angle) * scale
+    return tl.where(is_second, b * cosine + a * sine, a * cosine - b * sine), turns
+
+
+@triton.jit
+def rope_kv_write(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    positions_ptr,
+    inv_freq_ptr,
+    scale,
+    q_out_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    slots_ptr,
+    q_stride: tl.constexpr,
+    k_stride: tl.constexpr,
+    v_stride: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
+    FIRST: tl.constexpr,
+    STYLE: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`llmc.rope`, `llmc.kv_write` and `llmc.rope_kv_write` in one. Grid (tokens, HEADS + 2 * KV_HEADS).
+
+    Programs of a token: first its `HEADS` queries, rotated to dense `q_out[T, HEADS, D]`, then keys, rotated
+    if `TURNS`, then values, both to slot `slots[t]` of caches `[slots, KV_HEADS, D or V]`, nothing at a
+    negative slot. Strides are in elements between tokens; heads are dense.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    if head < HEADS:
+        source = q_ptr + token * q_stride + head * D
+        x = tl.load(source + column, mask=column < D, other=0.0)
+        position = tl.load(positions_ptr + token)
+        turned = rotated(source, position, inv_freq_ptr, scale, column, R, FIRST, STYLE)
+        out = tl.where(turned[1], turned[0].to(x.dtype), x)
+        tl.store(q_out_ptr + (token * HEADS + head) * D + column, out, mask=column < D)
+    elif KV_HEADS > 0:
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        if slot >= 0:
+            if head < HEADS + KV_HEADS:
+                group = head - HEADS
+                source = k_ptr + token * k_stride + group * D
+                x = tl.load(source + column, mask=column < D, other=0.0)
+                if TURNS:
+                    position = tl.load(positions_ptr + token)
+                    turned = rotated(source, position, inv_freq_ptr, scale, column, R, FIRST, STYLE)
+                    x = tl.where(turned[1], turned[0].to(x.dtype), x)
+                target = k_cache_ptr + (slot * KV_HEADS + group) * D + column
+                tl.store(target, x.to(k_cache_ptr.dtype.element_ty), mask=column < D)
+            else:
+                group = head - HEADS - KV_HEADS
+                x = tl.load(v_ptr + token * v_stride + group * V + column, mask=column < V, other=0.0)
+                target = v_cache_ptr + (slot * KV_HEADS + group) * V + column
+                tl.store(target, x.to(v_cache_ptr.dtype.element_ty), mask=column < V)

@@ -1,0 +1,130 @@
+"""NVIDIA's driver library through ctypes: load compiled kernels, launch them on a stream. Knows no
+tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...spec.errors import TargetError
+
+_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SHARED_BYTES_PER_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_UNASKED_SHARED_BYTES = 48 << 10
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A loaded kernel. It is valid as long as its driver is."""
+
+    handle: ctypes.c_void_p
+    threads: int
+    shared_bytes: int
+
+
+class CudaDriver:
+    """The driver of one device. The calling thread must have a current context, as torch makes one.
+
+    Raises TargetError when there is no driver.
+    """
+
+    def __init__(self, library: str = "libcuda.so.1", device: int = 0) -> None:
+        try:
+            self._library = ctypes.CDLL(library)
+        except OSError as error:
+            raise TargetError(
+                "cuda.no_driver",
+                "The artifact needs an NVIDIA GPU.",
+                f"The driver's library {library} cannot be loaded: {error}.",
+                "Install NVIDIA's driver, or compile the model with --target cpu.",
+            ) from error
+        self._modules: list[ctypes.c_void_p] = []
+        self._call("cuInit", 0)
+        handle, most = ctypes.c_int(), ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(handle), device)
+        self._call("cuDeviceGetAttribute", ctypes.byref(most), _SHARED_BYTES_PER_BLOCK, handle)
+        self._most_shared_bytes = most.value
+
+    def load(
+        self, code: bytes, name: str, *, warps: int, shared_bytes: int, sizes: Sequence[int]
+    ) -> Function:
+        """Kernel `name` of a cubin, or of PTX, which the driver compiles first.
+
+        `sizes` are the bytes of the parameters that launches will pass. Raises TargetError when the device
+        cannot run the code or has too little shared memory, or the code takes other parameters.
+        """
+        if shared_bytes > self._most_shared_bytes:
+            raise _refused(
+                name, f"it needs {shared_bytes} bytes of shared memory of {self._most_shared_bytes}"
+            )
+        module, handle = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(code))
+        self._modules.append(module)
+        self._call("cuModuleGetFunction", ctypes.byref(handle), module, name.encode())
+        if shared_bytes > _UNASKED_SHARED_BYTES:
+            self._call("cuFuncSetAttribute", handle, _DYNAMIC_SHARED_BYTES, shared_bytes)
+        self._check_parameters(handle, name, sizes)
+        return Function(handle=handle, threads=32 * warps, shared_bytes=shared_bytes)
+
+    def launch(
+        self, function: Function, grid: tuple[int, int, int], stream: int, parameters: Sequence[Any]
+    ) -> None:
+        """Enqueue a launch; `parameters` are ctypes values. Raises TargetError when the driver refuses."""
+        config = _LaunchConfig(
+            grid=grid,
+            block=(function.threads, 1, 1),
+            shared_bytes=function.shared_bytes,
+            stream=stream,
+            attributes=None,
+            num_attributes=0,
+        )
+        addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(value) for value in parameters))
+        self._call("cuLaunchKernelEx", ctypes.byref(config), function.handle, addresses, None)
+
+    def _check_parameters(self, handle: ctypes.c_void_p, name: str, sizes: Sequence[int]) -> None:
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        found: list[int] = []
+        query = getattr(self._library, "cuFuncGetParamInfo", None)
+        if query is None:  # drivers before 12.4; the files were checked when they were made
+            return
+        while not query(handle, len(found), ctypes.byref(offset), ctypes.byref(size)):
+            found.append(size.value)
+        if found != list(sizes):
+            raise _refused(name, f"its parameters have {found} bytes, and a launch passes {list(sizes)}")
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        code = getattr(self._library, function)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorString(code, ctypes.byref(text))
+            reason = (text.value or b"an unknown error").decode()
+            raise TargetError(
+                "cuda.driver",
+                "The GPU's driver reported an error.",
+                f"{function} failed with code {code}: {reason}.",
+                "Check the device with nvidia-smi and start again; an artifact cannot cause this by itself.",
+            )
+
+
+def _refused(name: str, why: str) -> TargetError:
+    return TargetError(
+        "cuda.kernel_refused",
+        f"Kernel {name!r} cannot run on this GPU.",
+        f"The reason: {why}.",
+        "Compile the model again for this GPU's architecture.",
+    )

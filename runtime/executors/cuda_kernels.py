@@ -1,0 +1,103 @@
+"""The kernels of an artifact on a device: chosen for its architecture, loaded once, launched by key."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+from ...artifact.cuda import CudaKernel, CudaUnit
+from ...artifact.reader import Artifact
+from ...kernels.cuda.launch import Launch
+from ...spec.errors import InternalError, TargetError
+from .cuda_driver import CudaDriver, Function
+
+_ALIGNMENT = 16
+_SCALARS: dict[str, Any] = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
+
+
+def choose_architecture(unit: CudaUnit, capability: tuple[int, int]) -> str:
+    """The stored architecture that a GPU of `capability` runs: its own, or an older one of its generation,
+    else the one whose PTX its driver can compile. Raises TargetError naming what is there and what is
+    needed."""
+    wanted = capability[0] * 10 + capability[1]
+    numbers = {int(name.removeprefix("sm_")): name for name in unit.architectures}
+    same = [number for number in numbers if number // 10 == capability[0] and number <= wanted]
+    if same:
+        return numbers[max(same)]
+    with_ptx = {kernel.architecture for kernel in unit.kernels if kernel.ptx}
+    older = [number for number, name in numbers.items() if name in with_ptx and number <= wanted]
+    if older:
+        return numbers[max(older)]
+    raise TargetError(
+        "cuda.architecture",
+        "No kernel of this artifact runs on this GPU.",
+        f"The GPU is sm_{wanted}, and the artifact was compiled for {', '.join(unit.architectures)}.",
+        f"Compile the model with --target cuda:sm_{wanted}.",
+    )
+
+
+class CudaKernels:
+    """A `kernels.cuda.launch.Launcher` over compiled kernels.
+
+    `stream()` gives the handle that launches go to. Nothing is compiled, but PTX by the driver while loading.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        unit: CudaUnit,
+        capability: tuple[int, int],
+        driver: CudaDriver,
+        stream: Callable[[], int],
+    ) -> None:
+        self.architecture = choose_architecture(unit, capability)
+        is_native = int(self.architecture.removeprefix("sm_")) // 10 == capability[0]
+        self._driver = driver
+        self._stream = stream
+        self._kernels = {k.key: k for k in unit.kernels if k.architecture == self.architecture}
+        self._functions = {
+            key: _load(driver, kernel, artifact.read_bytes(kernel.file if is_native else kernel.ptx))
+            for key, kernel in self._kernels.items()
+        }
+
+    def __call__(self, launch: Launch) -> None:
+        """Enqueue it. Raises InternalError for a kernel that the artifact does not have."""
+        if 0 in launch.grid:
+            return
+        key = launch.specialisation.key
+        if key not in self._kernels:
+            raise InternalError(
+                "cuda.kernel_missing",
+                f"A step needs kernel {launch.specialisation.kernel!r} in a form that was not compiled.",
+                f"It is {launch.specialisation}.",
+                "Report this with the model; kernels are never compiled while serving.",
+            )
+        parameters = [
+            _parameter(name, kind, launch.values[name]) for name, kind in self._kernels[key].parameters
+        ]
+        scratch = [ctypes.c_void_p(), ctypes.c_void_p()]
+        self._driver.launch(self._functions[key], launch.grid, self._stream(), [*parameters, *scratch])
+
+
+def _load(driver: CudaDriver, kernel: CudaKernel, code: bytes) -> Function:
+    sizes = [_size(kind) for _, kind in kernel.parameters] + [8, 8]
+    return driver.load(code, kernel.name, warps=kernel.warps, shared_bytes=kernel.shared_bytes, sizes=sizes)
+
+
+def _size(kind: str) -> int:
+    return ctypes.sizeof(_SCALARS.get(kind, ctypes.c_void_p))
+
+
+def _parameter(name: str, kind: str, value: Any) -> Any:
+    if kind in _SCALARS:
+        return _SCALARS[kind](value)
+    address = value.data_ptr()
+    if address % _ALIGNMENT:
+        raise InternalError(
+            "cuda.alignment",
+            f"Parameter {name!r} of a kernel lies at an address that is no multiple of {_ALIGNMENT}.",
+            "Kernels were compiled for aligned tensors and would read elsewhere.",
+            "Report this with the model.",
+        )
+    return ctypes.c_void_p(address)

@@ -1,0 +1,173 @@
+"""A CUDA artifact made without a GPU: its kernels compute what the program says (interpreted), its cubins
+load and take what launches pass (a stub driver), files hold nothing of the machine that made them."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmc
+from llmc.artifact.cuda import CUDA_UNIT, decode_unit
+from llmc.artifact.oracle import read_oracle
+from llmc.artifact.reader import open_unchecked
+from llmc.codegen.base import backend_for
+from llmc.codegen.cuda.assemble import assemble
+from llmc.codegen.cuda.cubin import check_parameters, parameter_layout
+from llmc.kernels.cuda.launch import launch_of
+from llmc.runtime.config import RuntimeConfig
+from llmc.runtime.oracle import oracle_problems
+from llmc.spec.errors import InternalError, TargetError
+from llmc.spec.target import CUDA_ARCHITECTURES, parse_target
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++") or shutil.which("cc")
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, stories_1m):
+    """The small bundled model with int4 matrices, for one architecture."""
+    path = tmp_path_factory.mktemp("cuda") / "model.llmc"
+    llmc.compile(stories_1m, quant="int4", target="cuda:sm_90", output=path, verify="structure")
+    return open_unchecked(path)
+
+
+@pytest.fixture(scope="module")
+def unit(artifact):
+    return decode_unit(artifact.read_bytes(CUDA_UNIT))
+
+
+def test_interpreted_kernels_reproduce_the_oracle(artifact):
+    from llmc.kernels.cuda.interpreter import correct_interpreter
+    from llmc.kernels.cuda.jit import launch_jit
+    from llmc.runtime.executors.cuda import make_executor
+
+    correct_interpreter()
+    oracle = read_oracle(artifact)
+    config = RuntimeConfig(max_requests=4, max_step_tokens=64, max_model_len=128)
+    executor = make_executor(artifact, config, launch_jit, "cpu", 1 << 30, {})
+    short = replace(oracle, prompts=oracle.prompts[:1])
+    assert oracle_problems(executor, short) == []
+    executor.close()
+
+
+def test_files_name_no_path_and_registers_do_not_spill_much(artifact, unit):
+    assert unit.architectures == ("sm_90",)
+    for kernel in unit.kernels:
+        cubin = artifact.read_bytes(kernel.file)
+        assert str(HERE.parents[1]).encode() not in cubin
+        assert b".py" not in cubin
+        assert kernel.stack_bytes <= 64, kernel
+        assert kernel.shared_bytes <= 227 << 10, kernel
+
+
+def test_stored_words_give_the_programs_codes_back(artifact, unit):
+    stored = backend_for(artifact.manifest.target).stored_weights(artifact)
+    assert unit.words
+    word = unit.words[0]
+    assert word.stored in stored
+    assert stored[word.codes].shape == (word.rows, word.width)
+    assert stored[word.codes].dtype == torch.uint8
+
+
+def example(width=64):
+    values = {"ids_ptr": torch.zeros(3, dtype=torch.int64), "table_ptr": torch.zeros(9, width)}
+    values["out_ptr"] = torch.zeros(3, width)
+    return launch_of("embedding.embedding", (3, 1), values, {"WIDTH": width, "BLOCK": 64})
+
+
+def test_the_same_kernel_is_the_same_bytes_for_every_architecture():
+    wanted = [(example().specialisation, name) for name in CUDA_ARCHITECTURES] * 2
+    machines = assemble(wanted)
+    count = len(CUDA_ARCHITECTURES)
+    assert [m.cubin for m in machines[:count]] == [m.cubin for m in machines[count:]]
+    assert len({m.cubin for m in machines}) == count
+
+
+def test_parameters_are_checked_against_the_file(artifact, unit):
+    kernel = unit.kernels[0]
+    cubin, types = artifact.read_bytes(kernel.file), [kind for _, kind in kernel.parameters]
+    check_parameters(cubin, kernel.name, types)
+    assert len(parameter_layout(cubin, kernel.name)) == len(types) + 2
+    with pytest.raises(InternalError, match="takes other parameters"):
+        check_parameters(cubin, kernel.name, types[1:])
+    with pytest.raises(InternalError, match="no ELF file"):
+        check_parameters(b"not a cubin", kernel.name, types)
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("there is no C compiler")
+    library = tmp_path_factory.mktemp("stub") / "libcuda-stub.so"
+    flags = ["-x", "c", "-shared", "-fPIC", "-Wall", "-Werror"]
+    subprocess.run([COMPILER, *flags, str(HERE / "cuda_stub.c"), "-o", str(library)], check=True)
+    return library
+
+
+def test_every_kernel_loads_and_takes_what_a_launch_passes(artifact, unit, stub, tmp_path, monkeypatch):
+    from llmc.runtime.executors.cuda_driver import CudaDriver
+    from llmc.runtime.executors.cuda_kernels import CudaKernels
+
+    log = tmp_path / "log"
+    ctypes.CDLL(None).setenv(b"LLMC_CUDA_STUB_LOG", str(log).encode(), 1)
+    driver = CudaDriver(str(stub))
+    kernels = CudaKernels(artifact, unit, (9, 0), driver, lambda: 0xABC0)
+    asked = [k for k in unit.kernels if k.shared_bytes > 48 << 10]
+    assert log.read_text().count("attribute") == len(asked) if asked else not log.exists()
+    kernel = next(k for k in unit.kernels if k.file.startswith("kernels/normalize"))
+    tensors = {name: torch.zeros(8) for name, kind in kernel.parameters if kind.startswith("*")}
+    numbers = {name: 2.0 for name, kind in kernel.parameters if kind == "fp32"}
+    launch = example()
+    known = replace(launch.specialisation, kernel="normalize.normalize")
+    monkeypatch.setattr(type(known), "key", property(lambda self: kernel.key))
+    kernels(replace(launch, specialisation=known, grid=(7, 1, 1), values=tensors | numbers))
+    fields = log.read_text().splitlines()[-1].split()
+    assert fields[:3] == ["launch", kernel.name, "7,1,1"]
+    assert fields[3:6] == [str(32 * kernel.warps), str(kernel.shared_bytes), "0xabc0"]
+    pointers = [str(value.data_ptr()) for value in tensors.values()]
+    two = str(ctypes.c_int32.from_buffer(ctypes.c_float(2.0)).value)
+    expected = [pointers.pop(0) if kind.startswith("*") else two for _, kind in kernel.parameters]
+    assert fields[6:] == [*expected, "0", "0"]
+
+
+def test_what_the_driver_refuses_is_an_error_that_says_so(stub, artifact, unit):
+    from llmc.runtime.executors.cuda_driver import CudaDriver
+
+    kernel = unit.kernels[0]
+    cubin = artifact.read_bytes(kernel.file)
+    driver = CudaDriver(str(stub))
+    with pytest.raises(TargetError, match="image is invalid"):
+        driver.load(b"broken", kernel.name, warps=4, shared_bytes=0, sizes=[])
+    with pytest.raises(TargetError, match="symbol not found"):
+        driver.load(cubin, "another", warps=4, shared_bytes=0, sizes=[])
+    with pytest.raises(TargetError, match="a launch passes"):
+        driver.load(cubin, kernel.name, warps=4, shared_bytes=0, sizes=[8])
+    with pytest.raises(TargetError, match="bytes of shared memory"):
+        driver.load(cubin, kernel.name, warps=4, shared_bytes=1 << 20, sizes=[])
+    with pytest.raises(TargetError, match="cannot be loaded"):
+        CudaDriver("libcuda-of-nobody.so.1")
+
+
+def test_an_artifact_for_other_gpus_says_what_to_do(unit):
+    from llmc.runtime.executors.cuda_kernels import choose_architecture
+
+    assert choose_architecture(unit, (9, 0)) == "sm_90"
+    with pytest.raises(TargetError, match=re.escape("--target cuda:sm_89")):
+        choose_architecture(unit, (8, 9))
+    older = replace(unit, kernels=(replace(unit.kernels[0], architecture="sm_80", ptx="kernels/x.ptx"),))
+    assert choose_architecture(older, (8, 6)) == "sm_80"
+    assert choose_architecture(older, (10, 0)) == "sm_80"
+
+
+def test_targets_are_parsed():
+    assert parse_target("cuda:sm_90, sm_80").levels == ("sm_90", "sm_80")
+    with pytest.raises(TargetError, match="no GPU architecture 'sm_13'"):
+        parse_target("cuda:sm_13")
