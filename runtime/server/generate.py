@@ -149,7 +149,7 @@ async def _planned(model: ServedModel, place: Place, plan: Callable[[], T], num_
 
 def _start(model: ServedModel, place: Place, plan: Plan, arrival_s: float) -> Run:
     try:
-        return Run(plan, model.client, model.backlog, place, model.metrics, arrival_s)
+        return Run(plan, model.client, model.backlog, place, model.metrics, arrival_s, model.live)
     except BaseException:
         model.backlog.leave(place)
         raise

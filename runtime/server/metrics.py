@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from prometheus_client.registry import Collector
 from .messages import EngineSnapshot
 from .metric_table import METRICS, PREFIX
 from .metric_table import Metric as Row
+from .recent import Recent
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Snapshots = Callable[[], Iterable[tuple[str, EngineSnapshot]]]
@@ -41,11 +43,12 @@ class Metrics:
 
 
 class ModelMetrics:
-    """The metrics of one model, looked up once."""
+    """The metrics of one model, looked up once, and its last minutes."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
+    def __init__(self, metrics: Metrics, model: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
         self._model = model
+        self.recent = Recent(clock)
         self.prefix_queries = metrics.of("prefix_cache_queries", model)
         self.prefix_hits = metrics.of("prefix_cache_hits", model)
         self.prompt_tokens_cached = metrics.of("prompt_tokens_cached", model)
@@ -67,9 +70,11 @@ class ModelMetrics:
         self.n = metrics.of("request_params_n", model)
 
     def finished(self, reason: str) -> None:
+        self.recent.num_finished += 1
         self._metrics.of("request_success", self._model, finished_reason=reason).inc()
 
     def rejected(self, code: str) -> None:
+        self.recent.num_refused += 1
         self._metrics.of("request_rejections", self._model, code=code).inc()
 
     def fell_back(self, reason: str) -> None:

@@ -20,6 +20,7 @@ from .responses import (
     ModelList,
     TokenizeResponse,
 )
+from .status import Status
 
 _TEMPLATE = "#/components/schemas/{name}"
 _STRUCTS = (
@@ -35,6 +36,7 @@ _STRUCTS = (
     ModelCard,
     ModelList,
     HealthResponse,
+    Status,
     ErrorBody,
 )
 
@@ -59,6 +61,7 @@ def openapi_document() -> dict[str, Any]:
             "/detokenize": _post("Token ids to text.", DetokenizeRequest, DetokenizeResponse),
             "/v1/models": _get("The models served.", ModelList),
             "/v1/models/{name}": {**_get("One model.", ModelCard), "parameters": [name]},
+            "/status.json": _get("What the page at / shows.", Status),
             "/health": _get("Whether the engines move.", HealthResponse, HealthResponse),
             "/ready": _get("Whether new requests are taken.", HealthResponse, HealthResponse),
         },

@@ -16,6 +16,7 @@ from .openapi import openapi_document
 from .requests import DetokenizeRequest, TokenizeRequest
 from .responses import HealthResponse, ModelList
 from .state import ServerState
+from .status import PAGE_HEADERS, status_of, status_page
 from .text_routes import alive, detokenize, model_card, model_cards, takes_requests, tokenize
 
 
@@ -83,7 +84,15 @@ def _open_routes(state: ServerState) -> list[Route]:
     async def openapi(_: Request) -> Response:
         return Response(msgspec.json.encode(openapi_document()), media_type="application/json")
 
+    async def page(_: Request) -> Response:
+        return Response(status_page(), headers=PAGE_HEADERS)
+
+    async def status(_: Request) -> Response:
+        return as_json(status_of(state))
+
     return [
+        Route("/", page, methods=["GET"]),
+        Route("/status.json", status, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
         Route("/ready", ready, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),

@@ -54,7 +54,7 @@ class _Sequence:
 
 
 class Run:
-    """The generations of one request. `close` it, whatever happened."""
+    """The generations of one request, in `live` while it lives. `close` it, whatever happened."""
 
     def __init__(
         self,
@@ -64,13 +64,15 @@ class Run:
         place: Place,
         metrics: ModelMetrics,
         arrival_s: float,
+        live: set[Run],
     ) -> None:
         self.plan = plan
         self._client = client
         self._backlog = backlog
         self._place = place
         self._metrics = metrics
-        self._arrival_s = arrival_s
+        self.arrival_s = arrival_s
+        self._live = live
         self._sequences = [_Sequence() for _ in range(plan.num_sequences)]
         self._cached_tokens = [0] * len(plan.prompts)
         self._num_open = plan.num_sequences
@@ -79,7 +81,14 @@ class Run:
         for prompt, params in zip(plan.prompts, plan.params, strict=True):
             metrics.request_prompt_tokens.observe(len(prompt))
             metrics.max_tokens.observe(params.max_tokens or 0)
+            metrics.recent.prompt_lengths.add(len(prompt))
         metrics.n.observe(plan.n)
+        live.add(self)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Over all sequences, so far."""
+        return sum(each.num_tokens for each in self._sequences)
 
     @property
     def is_over(self) -> bool:
@@ -114,7 +123,7 @@ class Run:
     def usage(self) -> Usage:
         """Tokens so far."""
         num_prompt = sum(map(len, self.plan.prompts))
-        num_output = 0 if self.plan.hides_output else sum(each.num_tokens for each in self._sequences)
+        num_output = 0 if self.plan.hides_output else self.num_output_tokens
         return Usage(
             prompt_tokens=num_prompt,
             completion_tokens=num_output,
@@ -127,6 +136,7 @@ class Run:
         if self._is_closed:
             return
         self._is_closed = True
+        self._live.discard(self)
         n = self.plan.n
         open_names = [
             name
@@ -144,9 +154,11 @@ class Run:
                 self._count_first(piece, sequence)
             else:
                 metrics.itl_s.observe(chunk.time_s - sequence.last_s)
+                metrics.recent.itl_s.append(chunk.time_s - sequence.last_s)
             sequence.last_s = chunk.time_s
             sequence.num_tokens += len(chunk.token_ids)
             metrics.generation_tokens.inc(len(chunk.token_ids))
+            metrics.recent.tokens.add(len(chunk.token_ids))
         reason = chunk.finish_reason
         if reason is None:
             return
@@ -159,8 +171,9 @@ class Run:
 
     def _count_end(self, end_s: float, sequence: _Sequence) -> None:
         metrics = self._metrics
-        metrics.e2e_s.observe(end_s - self._arrival_s)
+        metrics.e2e_s.observe(end_s - self.arrival_s)
         metrics.request_generation_tokens.observe(sequence.num_tokens)
+        metrics.recent.output_lengths.add(sequence.num_tokens)
         if sequence.num_tokens:
             metrics.decode_s.observe(end_s - sequence.first_s)
             metrics.inference_s.observe(end_s - sequence.admitted_s)
@@ -173,13 +186,17 @@ class Run:
         chunk, metrics = piece.chunk, self._metrics
         sequence.first_s = chunk.time_s
         sequence.admitted_s = chunk.time_s if chunk.admitted_s is None else chunk.admitted_s
-        metrics.ttft_s.observe(chunk.time_s - self._arrival_s)
-        metrics.queue_s.observe(max(0.0, sequence.admitted_s - self._arrival_s))
+        metrics.ttft_s.observe(chunk.time_s - self.arrival_s)
+        metrics.queue_s.observe(max(0.0, sequence.admitted_s - self.arrival_s))
         metrics.prefill_s.observe(chunk.time_s - sequence.admitted_s)
         metrics.prefix_queries.inc(len(self.plan.prompts[piece.prompt]))
         metrics.prefix_hits.inc(chunk.num_cached_tokens)
+        metrics.recent.ttft_s.append(chunk.time_s - self.arrival_s)
+        metrics.recent.num_prefix_queries += len(self.plan.prompts[piece.prompt])
+        metrics.recent.num_prefix_hits += chunk.num_cached_tokens
         if chunk.index == 0:
             metrics.prompt_tokens_cached.inc(chunk.num_cached_tokens)
+            metrics.recent.prompt_tokens.add(len(self.plan.prompts[piece.prompt]))
             metrics.prompt_tokens.inc(len(self.plan.prompts[piece.prompt]))
             self._cached_tokens[piece.prompt] = chunk.num_cached_tokens
 

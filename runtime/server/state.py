@@ -18,6 +18,7 @@ from .keys import ApiKeys
 from .messages import EngineSnapshot
 from .metrics import Metrics, ModelMetrics
 from .plan import MAX_DRAWN_SEED
+from .run import Run
 from .tools import dialect_of
 
 Clock = Callable[[], float]
@@ -25,8 +26,8 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One artifact being served under `name` and `aliases`. Where `fallback_on` says so, the model called
-    `fallback` answers in its place."""
+    """One artifact being served under `name` and `aliases`; `live` are its requests. Where `fallback_on` says
+    so, the model called `fallback` answers in its place."""
 
     name: str
     codec: Codec
@@ -37,6 +38,7 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     fallback: str | None = None
     fallback_on: tuple[str, ...] = ()
+    live: set[Run] = field(default_factory=set[Run])
 
 
 @dataclass(slots=True)
@@ -58,6 +60,7 @@ class ServerState:
     clock: Clock = time.monotonic
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_DRAWN_SEED)
     is_draining: bool = False
+    started_s: float = 0.0
     aliases: dict[str, str] = field(default_factory=dict[str, str])
     _progress: dict[str, _Progress] = field(default_factory=dict[str, _Progress])
 
@@ -157,7 +160,7 @@ def make_state(
             codec=Codec(tokenizer, limits, dialect),
             client=client,
             backlog=Backlog(limits.max_requests + config.max_waiting, config.max_concurrency_per_key, clock),
-            metrics=ModelMetrics(metrics, name),
+            metrics=ModelMetrics(metrics, name, clock),
             created=int(time.time()) if created is None else created,
             aliases=own.aliases,
             fallback=own.fallback,
@@ -169,5 +172,6 @@ def make_state(
         models=models,
         metrics=metrics,
         clock=clock,
+        started_s=clock(),
         aliases={alias: name for name, model in models.items() for alias in model.aliases},
     )
