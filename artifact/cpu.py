@@ -27,7 +27,8 @@ class CpuLevel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedWeight:
-    """A stored tensor that holds a matrix `[rows, width]` of the program in a kernel's layout.
+    """A stored tensor that holds a matrix `[rows, width]` of the program in a kernel's layout, or one after
+    the other those of as many `experts` (0: a matrix of its own).
 
     `layout` is a quantisation scheme, and `names` the program's codes, scales and zeros, or a
     floating-point dtype, and `names` the program's matrix.
@@ -38,6 +39,7 @@ class PackedWeight:
     width: int
     names: tuple[str, ...]
     layout: str
+    experts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,8 @@ from .packing import SLACK_BYTES, TILE_ROWS, Layout, layout_of
 
 FLOAT_TYPES = {"float32": "float", "float16": "llmc::f16", "bfloat16": "llmc::bf16"}
 FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-ACTIVATION_GROUPS = (32, 64, 128)
+ACTIVATION_GROUPS = (0, 32, 64, 128)
+WHOLE_ROW = 1 << 30  # the C++ activation group of one scale a row
 NORM_STYLES = ("cast_then_scale", "scale_then_cast")  # the same for float32 activations
 ROPE_STYLES = ("half", "interleaved", "interleaved_to_half")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity", "clamped_swiglu")
@@ -25,7 +26,7 @@ PAGE_TOKENS = 32
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntegerLinear:
     """A product of packed integer codes with activations of `limbs` int8 digits (1 fast, 2 accurate),
-    one activation scale per row and `activation_group`."""
+    one activation scale per row and `activation_group` (0: per row)."""
 
     layout: Layout
     limbs: Literal[1, 2]
@@ -34,7 +35,7 @@ class IntegerLinear:
     @property
     def unit(self) -> int:
         """Activations summed in integers before a scale is applied."""
-        return min(self.layout.group, self.activation_group)
+        return min(self.layout.group, self.activation_group or WHOLE_ROW)
 
     @property
     def scheme_type(self) -> str:
@@ -71,7 +72,8 @@ class FloatLinear:
 def integer_linear(
     scheme: QuantScheme, *, limbs: Literal[1, 2] = 1, activation_group: int | None = None
 ) -> IntegerLinear:
-    """The kernel for weights of `scheme`. `activation_group` is 32, 64 or 128; by default the layout's.
+    """The kernel for weights of `scheme`. `activation_group` is 32, 64, 128, or 0 for one scale a row; by
+    default the layout's.
 
     Raises TargetError where there is none.
     """
@@ -81,7 +83,7 @@ def integer_linear(
         raise TargetError(
             "target.activation_group",
             f"Activations cannot be quantised in groups of {group}.",
-            f"CPU kernels take groups of {', '.join(map(str, ACTIVATION_GROUPS))}.",
+            f"CPU kernels take groups of {', '.join(map(str, ACTIVATION_GROUPS[1:]))}, or whole rows.",
             "Choose one of these.",
         )
     return IntegerLinear(layout=layout, limbs=limbs, activation_group=group)

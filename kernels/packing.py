@@ -70,12 +70,20 @@ def layout_of(scheme: QuantScheme) -> Layout:
         )
     if scheme.code_type != "int":
         raise _no_layout(scheme, "its kernels read integer codes")
+    if scheme.block_rows:
+        raise _no_layout(scheme, "its kernels read a scale for each row")
     if scheme.bits > 8:
         raise _no_layout(scheme, "its kernels read codes of at most 8 bits")
     for group in GROUPS:
         if scheme.group_size % group == 0:  # 0, one scale a row, takes the longest
             return Layout(bits=8 if scheme.bits > 4 else 4, group=group, zeros=not scheme.symmetric)
     raise _no_layout(scheme, "its groups must be multiples of 32")
+
+
+def has_layout(scheme: QuantScheme) -> bool:
+    """Whether integer kernels read codes of `scheme`."""
+    whole = scheme.code_type == "int" and scheme.scale_dtype == "float16" and not scheme.block_rows
+    return whole and scheme.bits <= 8 and any(scheme.group_size % group == 0 for group in GROUPS)
 
 
 def _no_layout(scheme: QuantScheme, why: str) -> TargetError:

@@ -23,11 +23,10 @@ Lowering = Callable[["Emitter", fx.Node], Lowered]
 
 @dataclass(slots=True)
 class Emitter:
-    """State of one code generation. `limbs` are the int8 digits of an activation in integer products:
-    1 fast, 2 accurate. `shared` holds what several nodes derive from one value: its limbs, its angles."""
+    """State of one code generation. `shared` holds what several nodes derive from one value: its limbs, its
+    angles, the slots of its experts."""
 
     symbols: Symbols
-    limbs: int = 2
     unit: Unit = field(default_factory=Unit)
     slots: WeightSlots = field(default_factory=WeightSlots)
     env: dict[fx.Node, Lowered] = field(default_factory=dict[fx.Node, Lowered])

@@ -12,9 +12,10 @@ import torch
 
 from ...artifact.cpu import PackedWeight
 from ...ir.weights import Cast, Expr, WeightStore
-from ...kernels.catalog import FLOAT_TYPES, IntegerLinear, float_linear, integer_linear
+from ...kernels.catalog import IntegerLinear, float_linear, integer_linear
+from ...kernels.tables import table_bytes, table_group, table_type
 from ...spec.errors import TargetError
-from ...spec.quant import QuantScheme
+from ...spec.quant import QuantScheme, parse_activation
 from .packed import PackedCodes, PackedFloat
 
 
@@ -91,7 +92,8 @@ class StoredSlot:
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """An unquantised matrix `[rows, width]` in 32-row tiles of its own dtype."""
+    """An unquantised matrix `[rows, width]`, or experts' `[experts, rows, width]`, in 32-row tiles of its own
+    dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -112,111 +114,137 @@ class StoredMatrix:
         """The matrix is unpacked by its shape and dtype."""
         return PackedWeight(
             stored=self.stored_name,
-            rows=self.shape[0],
-            width=self.shape[1],
+            experts=self.shape[0] if len(self.shape) == 3 else 0,
+            rows=self.shape[-2],
+            width=self.shape[-1],
             names=(self.name,),
             layout=str(self.dtype).removeprefix("torch."),
         )
 
     def expression(self, store: WeightStore) -> Expr:
         """Its tiles as bytes."""
-        num_bytes = float_linear(str(self.dtype).removeprefix("torch.")).num_bytes(*self.shape)
-        return PackedFloat(store[self.name], (num_bytes,))
+        one = float_linear(str(self.dtype).removeprefix("torch.")).num_bytes(*self.shape[-2:])
+        return PackedFloat(store[self.name], ((self.packed.experts or 1) * one,))
 
     def lookup(self, slots: WeightSlots) -> str:
         """C++ for random access."""
         address = f"(const {self.element}*){slots.pointer(self)}"
-        return f"llmc::plain::Tiles<{self.element}>{{{address}, {self.shape[1]}}}"
+        return f"llmc::plain::Tiles<{self.element}>{{{address}, {self.shape[-1]}}}"
 
 
-@dataclass(frozen=True, slots=True)
-class CodeMatrix:
-    """A quantised matrix `[rows, width]`, packed for the integer kernels."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeNames:
+    """The program's weights that are one quantised matrix, or the stacked ones of experts."""
 
     codes: str
     scales: str
     zeros: str | None
+    experts: int
     rows: int
     width: int
     scheme: QuantScheme
 
-    def kernel(self, limbs: int) -> IntegerLinear:
-        """The kernel that multiplies with it. Raises TargetError where there is none."""
-        return integer_linear(self.scheme, limbs=2 if limbs == 2 else 1)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        parts = (self.codes, self.scales)
+        return parts if self.zeros is None else (*parts, self.zeros)
+
+    def packed_as(self, stored: str) -> PackedWeight:
+        """How they are unpacked from the stored tensor."""
+        return PackedWeight(
+            stored=stored,
+            experts=self.experts,
+            rows=self.rows,
+            width=self.width,
+            names=self.names,
+            layout=self.scheme.name,
+        )
+
+    def bytes_of(self, store: WeightStore, one: int) -> PackedCodes:
+        """The packed tensor, `one` bytes a matrix."""
+        zeros = None if self.zeros is None else store[self.zeros]
+        shape = ((self.experts or 1) * one,)
+        return PackedCodes(store[self.codes], store[self.scales], zeros, self.scheme, self.width, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class CodeMatrix:
+    """A quantised matrix, packed for the integer kernels."""
+
+    of: CodeNames
+
+    def kernel(self, activation: str) -> IntegerLinear:
+        """The kernel that multiplies with it where activations are rounded as `activation` says: one int8
+        limb for int8_*, two otherwise. Raises TargetError where there is none."""
+        asked = parse_activation(activation)
+        if asked is None:
+            return integer_linear(self.of.scheme, limbs=2)
+        if asked.codes == "fp8":
+            raise no_activation(activation, "its integer products take int8 and int16 activations")
+        limbs = 1 if asked.codes == "int8" else 2
+        return integer_linear(self.of.scheme, limbs=limbs, activation_group=asked.group_size)
 
     @property
     def stored_name(self) -> str:
         """Instead of codes, scales and zeros."""
-        return f"{self.codes}@{self.kernel(1).layout.name}"
+        return f"{self.of.codes}@{self.kernel('').layout.name}"
 
     @property
     def packed(self) -> PackedWeight:
         """Codes, scales and zeros are unpacked by the scheme."""
-        names = (self.codes, self.scales) if self.zeros is None else (self.codes, self.scales, self.zeros)
-        return PackedWeight(
-            stored=self.stored_name, rows=self.rows, width=self.width, names=names, layout=self.scheme.name
-        )
+        return self.of.packed_as(self.stored_name)
 
     def expression(self, store: WeightStore) -> Expr:
         """Its tiles as bytes."""
-        zeros = None if self.zeros is None else store[self.zeros]
-        num_bytes = self.kernel(1).layout.num_bytes(self.rows, self.width)
-        return PackedCodes(
-            store[self.codes], store[self.scales], zeros, self.scheme, self.width, (num_bytes,)
-        )
+        return self.of.bytes_of(store, self.kernel("").layout.num_bytes(self.of.rows, self.of.width))
 
     def lookup(self, slots: WeightSlots) -> str:
         """C++ for random access."""
-        kind = self.kernel(1).scheme_type
-        return f"llmc::plain::CodeTiles<{kind}>{{(const uint8_t*){slots.pointer(self)}, {self.width}}}"
-
-
-Matrix = StoredMatrix | CodeMatrix
+        kind = self.kernel("").scheme_type
+        return f"llmc::plain::CodeTiles<{kind}>{{(const uint8_t*){slots.pointer(self)}, {self.of.width}}}"
 
 
 @dataclass(frozen=True, slots=True)
-class StoredExperts:
-    """Stacked unquantised matrices `[experts, rows, width]`, row-major."""
+class TableMatrix:
+    """A quantised matrix in tiles for the kernels that look values up: any code type, any scale."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    of: CodeNames
 
-    def lookup(self, slots: WeightSlots) -> str:
-        """C++ for random access by row of all experts."""
-        element = FLOAT_TYPES.get(str(self.dtype).removeprefix("torch."))
-        if element is None:
-            raise TargetError(
-                "cpu.weight_dtype",
-                f"Weight {self.name!r} is stored as {self.dtype}.",
-                f"The CPU target multiplies matrices of {', '.join(FLOAT_TYPES)}, and quantised ones.",
-                "Compile with --dtype float32 or bfloat16.",
-            )
-        address = f"(const {element}*){slots.pointer(StoredSlot(self.name))}"
-        return f"llmc::plain::Rows<{element}>{{{address}, {self.shape[-1]}}}"
+    @property
+    def kind(self) -> str:
+        """The C++ type of its codes."""
+        return table_type(self.of.scheme)
 
+    @property
+    def stored_name(self) -> str:
+        """Instead of codes, scales and zeros."""
+        return f"{self.of.codes}@table"
 
-@dataclass(frozen=True, slots=True)
-class CodeExperts:
-    """Stacked quantised matrices, or a scheme without a tuned kernel, in the portable packing."""
+    @property
+    def packed(self) -> PackedWeight:
+        """Codes, scales and zeros are unpacked by the scheme."""
+        return self.of.packed_as(self.stored_name)
 
-    codes: str
-    scales: str
-    zeros: str | None
-    width: int
-    stored_bytes: int
-    scheme: QuantScheme
+    def expression(self, store: WeightStore) -> Expr:
+        """Its tiles as bytes."""
+        return self.of.bytes_of(store, table_bytes(self.of.scheme, self.of.rows, self.of.width))
 
     def lookup(self, slots: WeightSlots) -> str:
-        """C++ for random access by row of all experts."""
-        groups = self.scheme.num_groups(self.width)
-        size = self.scheme.group_size or self.scheme.padded_in_features(self.width)
-        zeros = "nullptr"
-        if self.zeros is not None:
-            zeros = f"(const uint8_t*){slots.pointer(StoredSlot(self.zeros))}"
-        codes, scales = (slots.pointer(StoredSlot(name)) for name in (self.codes, self.scales))
-        sizes = f"{self.stored_bytes}, {groups}, {size}, {self.scheme.bits}"
-        return f"llmc::plain::Codes{{(const uint8_t*){codes}, (const llmc::f16*){scales}, {zeros}, {sizes}}}"
+        """C++ for random access."""
+        size = table_group(self.of.scheme, self.of.width)
+        address = f"(const uint8_t*){slots.pointer(self)}"
+        return f"llmc::plain::TableTiles<{self.kind}>{{{address}, {self.of.width}, {size}}}"
 
 
-Experts = StoredExperts | CodeExperts
+def no_activation(name: str, why: str) -> TargetError:
+    """The refusal of an activation scheme."""
+    return TargetError(
+        "cpu.activation_scheme",
+        f"The program asks for activations rounded as {name}.",
+        f"The CPU target cannot do that: {why}.",
+        "Choose int8_token, int8_g32, int8_g128 or none, or compile with --target reference.",
+    )
+
+
+Matrix = StoredMatrix | CodeMatrix | TableMatrix

@@ -11,7 +11,14 @@ from typing import Any
 import sympy
 from torch import fx
 
-from ...ir.paged import block_table_name, k_cache_name, slots_name, v_cache_name
+from ...ir.paged import (
+    block_table_name,
+    k_cache_name,
+    k_scales_name,
+    slots_name,
+    v_cache_name,
+    v_scales_name,
+)
 from ...ir.program import Program
 from ...spec.arena import Buffer, arena_bytes, place
 from ...spec.cache import CacheGroup, CacheLayout
@@ -24,7 +31,7 @@ from .value import Symbols, Value, contiguous_strides, symbol_for
 
 ABI_VERSION = 2
 MAX_THREADS = 64
-_CACHE_TYPES = {"float32": "float", "bfloat16": "llmc::bf16"}
+_CACHE_TYPES = {"float32": "float", "bfloat16": "llmc::bf16", "int8": "int8_t"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +125,8 @@ def _input(layout: CacheLayout, emitter: Emitter, node: fx.Node) -> Value:
         if name in (block_table_name(index), slots_name(index)):
             base = f"s.{'block_table' if name.startswith('block') else 'slots'}[{index}]"
         for layer in group.layers:
+            if name in (k_scales_name(layer), v_scales_name(layer)):
+                base = "nullptr"  # kernels keep scales inside of their blocks
             if name in (k_cache_name(layer), v_cache_name(layer)):
                 ctype = _cache_type(group.dtype)
                 base = f"s.{'k' if name.startswith('k') else 'v'}_cache[{_cache_index(layout, layer)}]"

@@ -76,6 +76,23 @@ LLMC_KERNEL void gated_tiles(int tid, int nt, const Combine& combine, const floa
     }
 }
 
+// The same where gate and up columns alternate: `both` has 2 * width columns, even ones are gate.
+template <class Combine>
+LLMC_KERNEL void gated_pairs(int tid, int nt, const Combine& combine, const float* both, int64_t ld_both, float* out,
+                             int64_t ld_out, int64_t rows, int64_t width) {
+  const Range mine = share(tid, nt, rows);
+  for (int64_t m = mine.begin; m < mine.end; ++m)
+    for (int64_t i = 0; i < width; i += 16) {
+      const int count = static_cast<int>(width - i < 16 ? width - i : 16);
+      float gate[16] = {}, up[16] = {};
+      for (int j = 0; j < count; ++j) {
+        gate[j] = both[m * ld_both + 2 * (i + j)];
+        up[j] = both[m * ld_both + 2 * (i + j) + 1];
+      }
+      store_first(out + m * ld_out + i, combine(load(gate), load(up)), count);
+    }
+}
+
 // out[i] = act(x[i]) for rows of `width`, shared by row. `out` may be `x`.
 template <Activation A>
 LLMC_KERNEL void activate_rows(int tid, int nt, const float* x, int64_t ld_x, float* out, int64_t ld_out,

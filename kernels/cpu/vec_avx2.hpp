@@ -105,6 +105,15 @@ LLMC_INLINE F16 as_float(I16 x) { return {_mm256_castsi256_ps(x.a), _mm256_casts
 LLMC_INLINE I16 as_int(F16 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 LLMC_INLINE F16 to_float(I16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 
+// table[index] for indexes below 16.
+LLMC_INLINE __m256 look_up8(__m256 low, __m256 high, __m256i index) {
+  const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 as the sign
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
+}
+LLMC_INLINE F16 look_up(const float (&table)[16], I16 index) {
+  const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+  return {look_up8(low, high, index.a), look_up8(low, high, index.b)};
+}
 LLMC_INLINE M16 less(F16 x, F16 y) {
   return {_mm256_castps_si256(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
           _mm256_castps_si256(_mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};

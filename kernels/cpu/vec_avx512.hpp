@@ -67,6 +67,10 @@ LLMC_INLINE F16 as_float(I16 a) { return {_mm512_castsi512_ps(a.v)}; }
 LLMC_INLINE I16 as_int(F16 a) { return {_mm512_castps_si512(a.v)}; }
 LLMC_INLINE F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
+// table[index] for indexes below 16.
+LLMC_INLINE F16 look_up(const float (&table)[16], I16 index) {
+  return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))};
+}
 LLMC_INLINE M16 less(F16 a, F16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 LLMC_INLINE M16 is_nan(F16 a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
 LLMC_INLINE M16 less(I16 a, I16 b) { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }

@@ -63,6 +63,8 @@ LLMC_INLINE F16 as_float(I16 a) { F16 out; LLMC_LANES(float_of(raw(a.v[i]))); }
 LLMC_INLINE I16 as_int(F16 a) { I16 out; LLMC_LANES(wrap(bits_of(a.v[i]))); }
 LLMC_INLINE F16 to_float(I16 a) { F16 out; LLMC_LANES(static_cast<float>(a.v[i])); }
 
+// table[index] for indexes below 16.
+LLMC_INLINE F16 look_up(const float (&table)[16], I16 index) { F16 out; LLMC_LANES(table[index.v[i] & 15]); }
 LLMC_INLINE M16 less(F16 a, F16 b) { M16 out; LLMC_LANES(-static_cast<int32_t>(a.v[i] < b.v[i])); }
 LLMC_INLINE M16 is_nan(F16 a) { M16 out; LLMC_LANES(-static_cast<int32_t>(a.v[i] != a.v[i])); }
 LLMC_INLINE M16 less(I16 a, I16 b) { M16 out; LLMC_LANES(-static_cast<int32_t>(a.v[i] < b.v[i])); }

@@ -15,7 +15,7 @@ from ...artifact.cpu import CpuUnit
 from ...spec.cache import CacheGroup, CacheLayout
 from ...spec.errors import InternalError
 from ..protocol import BlockCopy
-from .cpu_library import NO_JOBS, CpuLibrary, StepArrays, aligned_empty
+from .cpu_library import NO_JOBS, CpuLibrary, StepArrays, aligned_empty, aligned_zeros
 from .tiles import SequencePart, TileLogits, split_tiles
 
 Jobs = NDArray[Any]  # of cpu_library.SAMPLE_JOB
@@ -23,7 +23,7 @@ Owner = tuple[int, int]
 # Kernels prefetch and load whole vectors beyond the end of a packed matrix.
 _SLACK_BYTES = 8192
 _HUGE_PAGE = 2 << 20
-_CACHE_BYTES = {"float32": 4, "bfloat16": 2}
+_CACHE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def resident(weights: Sequence[NDArray[Any]]) -> list[NDArray[np.uint8]]:
@@ -168,13 +168,16 @@ def _allocate(
     layout: CacheLayout, num_pages: Sequence[int]
 ) -> dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     """Bytes `[pages, bytes of a page]` of keys and of values for each owning layer; how tokens lie in a page
-    is the kernels' (kernels/cpu/kv_cache.hpp: widths rounded up to 4)."""
+    is the kernels' (kernels/cpu/kv_cache.hpp: widths rounded up to 4, scales of codes inside). Pages take
+    memory when they are first written."""
     caches: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
     for group, pages in zip(layout.groups, num_pages, strict=True):
-        token = group.page_tokens * group.num_kv_heads * _CACHE_BYTES[group.dtype]
+        rows = pages * group.page_tokens * group.num_kv_heads
+        scale = 4 if group.scales else 0
+        sizes = [
+            -(-width // 4) * 4 * _CACHE_BYTES[group.dtype] + scale for width in (group.k_dim, group.v_dim)
+        ]
         for layer in group.layers:
-            widths = [-(-width // 4) * 4 for width in (group.k_dim, group.v_dim)]
-            k, v = (aligned_empty(pages * token * width).reshape(pages, -1) for width in widths)
-            k[:], v[:] = 0, 0
+            k, v = (aligned_zeros(rows * size).reshape(pages, -1) for size in sizes)
             caches[layer] = (k, v)
     return caches

@@ -8,7 +8,7 @@ from torch._ops import OpOverload
 
 from ....ir.vocabulary import operator_name
 from ..emitter import Lowering
-from . import attention, canonical, elementwise, index, reduce, views
+from . import attention, canonical, elementwise, index, moe, reduce, views
 
 LOWERINGS: dict[str, Lowering] = {
     **views.LOWERINGS,
@@ -17,6 +17,7 @@ LOWERINGS: dict[str, Lowering] = {
     **index.LOWERINGS,
     **canonical.LOWERINGS,
     **attention.LOWERINGS,
+    **moe.LOWERINGS,
 }
 
 

@@ -18,7 +18,7 @@ from llmc.ir.paged import paged_inputs
 from llmc.ir.program import Program
 from llmc.ir.verify import verify
 from llmc.ir.weights import Constant, Quantized, WeightStore
-from llmc.spec.cache import CacheGroup, CacheLayout
+from llmc.spec.cache import CODED_DTYPES, CacheGroup, CacheLayout
 from llmc.spec.model import AttentionSpec, ModelSpec
 from llmc.spec.quant import parse_scheme
 
@@ -48,10 +48,11 @@ class Shape:
     max_context: int = 160
     eps: float = 1e-5
     theta: float = 10000.0
+    cache_dtype: str = ""
 
 
 def layout_of(shape: Shape) -> CacheLayout:
-    dtype = str(shape.dtype).removeprefix("torch.")
+    dtype = shape.cache_dtype or str(shape.dtype).removeprefix("torch.")
     return CacheLayout(
         groups=tuple(
             CacheGroup(
@@ -62,6 +63,7 @@ def layout_of(shape: Shape) -> CacheLayout:
                 k_dim=shape.head_dim,
                 v_dim=shape.head_dim,
                 dtype=dtype,
+                scales=dtype in CODED_DTYPES,
                 page_tokens=shape.page_tokens,
             )
             for window in dict.fromkeys(shape.windows)
@@ -152,11 +154,15 @@ class Builder:
         k = self.heads(x, f"{prefix}.k_proj.weight", s.num_kv_heads, True)
         v = self.heads(x, f"{prefix}.v_proj.weight", s.num_kv_heads, False)
         caches = (self.inputs[f"k_cache_{layer}"], self.inputs[f"v_cache_{layer}"])
-        written = self.call(llmc_ops.kv_write.default, k, v, *caches, self.inputs[f"slots_{group}"])
+        scales = [
+            self.inputs[name] for name in (f"k_scales_{layer}", f"v_scales_{layer}") if name in self.inputs
+        ]
+        slots = self.inputs[f"slots_{group}"]
+        written = self.call(llmc_ops.kv_write.default, k, v, *caches, slots, *scales)
         out = self.call(
             llmc_ops.paged_attention.default, q, *caches, written, self.inputs[f"block_table_{group}"],
             self.inputs["query_starts"], self.inputs["positions"], None, s.head_dim**-0.5,
-            s.windows[layer], 0.0, 0,
+            s.windows[layer], 0.0, 0, *scales,
         )  # fmt: skip
         flat = self.call(aten.view.default, out, [-1, s.num_heads * s.head_dim])
         return self.linear(flat, f"{prefix}.o_proj.weight", s.hidden, s.num_heads * s.head_dim)
@@ -243,6 +249,12 @@ def llama_shape(folder, **changes) -> Shape:
 def build_program():
     """`build_program(**fields of Shape)` gives a paged program with random weights."""
     return lambda seed=0, **fields: Builder(Shape(**fields), seed=seed).build()
+
+
+@pytest.fixture(scope="session")
+def new_builder():
+    """`new_builder(**fields of Shape)` gives a builder whose graph has its inputs and nothing else."""
+    return lambda seed=0, **fields: Builder(Shape(**fields), seed=seed)
 
 
 @pytest.fixture(scope="session")
