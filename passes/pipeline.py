@@ -12,6 +12,7 @@ from .kv_layout import KvLayout
 from .memory_plan import PlanMemory
 from .paged_attention import PagedAttention
 from .quantize.rtn import Rtn
+from .select_kernels import SelectKernels
 
 
 def canonicalise() -> tuple[Pass, ...]:
@@ -46,8 +47,8 @@ def layout() -> tuple[Pass, ...]:
 
 
 def plan() -> tuple[Pass, ...]:
-    """What the finished program will need."""
-    return (PlanMemory(),)
+    """By which kernels the finished program runs, and what it will need."""
+    return (SelectKernels(), PlanMemory())
 
 
 # Every pass of llmc, in the order above.

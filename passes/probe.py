@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.interpret import interpret
+from ..ir.interpret import Observer, interpret
 from ..ir.paged import PagedSequence, allocate_caches, scatter_pages, step_inputs
 from ..ir.program import Program
 from ..ir.weights import Constant, Expr, Unbound, WeightStore
@@ -32,26 +32,31 @@ def probe_sequences(spec: ModelSpec, seed: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(draw.randrange(spec.vocab_size) for _ in range(length)) for length in lengths)
 
 
-def logits_of(program: Program, sequences: Sequence[Sequence[int]]) -> Tensor:
+def logits_of(
+    program: Program, sequences: Sequence[Sequence[int]], observe: Observer | None = None
+) -> Tensor:
     """Logits `[tokens of all sequences, vocab]`, sequence after sequence.
 
     A paged program runs in several mixed steps of chunked prefill over scattered pages, any other in one
-    step of packed whole sequences.
+    step of packed whole sequences. `observe(node, value)` sees every computed value of every step.
     """
     weight = _weight_reader(program.weights)
     if PAGED in program.facts:
-        return _paged_logits(program, sequences, weight)
+        return _paged_logits(program, sequences, weight, observe)
     tokens = [token for sequence in sequences for token in sequence]
     inputs = {
         "input_ids": torch.tensor(tokens),
         "positions": torch.tensor([index for sequence in sequences for index in range(len(sequence))]),
         "out_rows": torch.arange(len(tokens)),
     }
-    return interpret(program.graph, inputs, weight)
+    return interpret(program.graph, inputs, weight, observe)
 
 
 def _paged_logits(
-    program: Program, sequences: Sequence[Sequence[int]], weight: Callable[[str], Tensor]
+    program: Program,
+    sequences: Sequence[Sequence[int]],
+    weight: Callable[[str], Tensor],
+    observe: Observer | None,
 ) -> Tensor:
     assert program.cache is not None
     pages = scatter_pages(program.cache, [len(sequence) for sequence in sequences], seed=0)
@@ -66,7 +71,7 @@ def _paged_logits(
         if not active:
             continue
         inputs = step_inputs(program.cache, [chunk for _, chunk in active])
-        logits: Tensor = interpret(program.graph, {**inputs, **caches}, weight)
+        logits: Tensor = interpret(program.graph, {**inputs, **caches}, weight, observe)
         sizes = [len(chunk.token_ids) for _, chunk in active]
         for (index, _), rows in zip(active, logits.split(sizes), strict=True):
             parts[index].append(rows)
