@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from .. import __version__
+from .bench import bench
+from .bisect import bisect
 from .cache import cache
 from .compile import compile_command
 from .doctor import doctor
@@ -58,8 +60,10 @@ def main() -> None:
 _COMMANDS = (
     compile_command,
     cache,
+    bisect,
     generate,
     serve,
+    bench,
     verify,
     inspect,
     passes,

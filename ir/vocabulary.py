@@ -9,6 +9,7 @@ import torch
 from torch._ops import OpOverload
 
 from ..spec.errors import ArtifactError
+from . import ops as _registered  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers them
 
 # Overload packets of ATen that generic regions may keep after decomposition. None of them mutates.
 ATEN_NAMES = frozenset(

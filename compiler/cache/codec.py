@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,8 @@ _PLAIN = (bool, int, float, str)
 
 
 class ExpressionWriter:
-    """Collects expressions into `table`, and their tensors by digest into `tensors`.
+    """Collects expressions into `table`, and by digest their tensors into `tensors`, the files they read
+    into `files`.
 
     A value that is neither plain, nor a tensor, nor a dataclass of such is Uncachable.
     """
@@ -26,6 +27,7 @@ class ExpressionWriter:
     def __init__(self, file_digest: Callable[[Path], str]) -> None:
         self.table: list[Any] = []
         self.tensors: dict[str, Tensor] = {}
+        self.files: dict[str, Path] = {}
         self._file_digest = file_digest
         self._places: dict[int, int] = {}
         self._kept: list[Any] = []
@@ -43,7 +45,10 @@ class ExpressionWriter:
         names = [entry.name for entry in fields(value)]
         data: dict[str, Any] = {name: self._encode(getattr(value, name)) for name in names}
         if isinstance(value, Source):
-            data["path"] = {"file": self._file_digest(Path(value.path))}
+            path = Path(value.path)
+            digest = self._file_digest(path)
+            self.files[digest] = path
+            data["path"] = {"file": digest}
         return {"type": f"{type(value).__module__}:{type(value).__qualname__}", "fields": data}
 
     def _encode(self, value: Any) -> Any:
@@ -64,9 +69,9 @@ class ExpressionWriter:
 
 
 def read_expressions(
-    table: list[Any], files: Mapping[str, str], tensor: Callable[[str], Tensor]
+    table: list[Any], file: Callable[[str], str], tensor: Callable[[str], Tensor]
 ) -> list[Any]:
-    """Inverse of `ExpressionWriter`: `files` are paths by digest, `tensor` gives a tensor by its digest.
+    """Inverse of `ExpressionWriter`: `file` gives a path by its digest, `tensor` a tensor.
 
     Raises KeyError for a file that is not there, and ValueError for a type that is no loaded dataclass.
     """
@@ -86,7 +91,7 @@ def read_expressions(
             case "tensor":
                 return tensor(inner)
             case "file":
-                return files[inner]
+                return file(inner)
             case "shared":
                 return made[inner]
             case _:

@@ -104,7 +104,8 @@ class CachedPasses:
         """Keep `program`, with what all passes up to this one took."""
         if key is not None:
             label = f"{pass_.name} of {program.spec.architecture}, {program.spec.num_layers} layers"
-            self._noted(lambda: self._cache.programs.keep(_KIND, key, label, program, self._spent_s))
+            keep = self._cache.programs.keep
+            self._noted(lambda: keep(_KIND, key, label, program, self._spent_s, self._files))
 
     def _noted(self, work: Callable[[], Result]) -> Result | None:
         try:

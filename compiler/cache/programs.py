@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,9 @@ from .store import CacheStore
 from .tensors import keep_tensor, load_tensors
 
 _CONSTANT = "constant"
+_RESULTS = "solved"
 _FILE = "program.json"
+_RESULT_FILE = "weights.safetensors"
 
 
 class _Stored(msgspec.Struct):
@@ -55,13 +59,25 @@ class ProgramShelf:
         self._store = store
         self._file_digest = file_digest
 
-    def keep(self, kind: str, key: str, label: str, program: Program, seconds: float) -> None:
-        """Keep `program`, which took `seconds` to make. Raises Uncachable for a weight that cannot be
-        written as data."""
+    def keep(
+        self,
+        kind: str,
+        key: str,
+        label: str,
+        program: Program,
+        seconds: float,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Keep `program`, which took `seconds` to make, and the files its weights read but for `files`
+        (digest -> path), which whoever asks for it has. Raises Uncachable for a weight that cannot be written
+        as data."""
         writer = ExpressionWriter(self._file_digest)
         weights = {name: writer.add(program.weights[name]) for name in program.weights}
         for digest, tensor in writer.tensors.items():
             if not keep_tensor(self._store, _CONSTANT, digest, f"constant of {label}", tensor):
+                return
+        for digest, path in writer.files.items():
+            if digest not in (files or {}) and not self._keep_file(digest, path):
                 return
         stored = _Stored(
             document=encode_program(program).decode(),
@@ -87,7 +103,9 @@ class ProgramShelf:
             return None
         try:
             stored = msgspec.json.decode((folder / _FILE).read_bytes(), type=_Stored)
-            made = read_expressions(stored.table, files, self._constant)
+            made = read_expressions(
+                stored.table, lambda digest: files.get(digest) or self._file(digest), self._constant
+            )
             document = decode_program(stored.document.encode())
         except (msgspec.MsgspecError, KeyError, ValueError, TypeError, ArtifactError):
             return None
@@ -108,11 +126,31 @@ class ProgramShelf:
                 node.meta["module"] = stored.origins[node.name]
         return KeptProgram(program=program, seconds=stored.seconds)
 
+    def _keep_file(self, digest: str, path: Path) -> bool:
+        if self._store.find(_RESULTS, digest, counted=False) is not None:
+            return True
+        label = f"weights that {path.parent.name} holds"
+        return self._store.keep(_RESULTS, digest, label, lambda folder: _link(path, folder)) is not None
+
+    def _file(self, digest: str) -> str:
+        folder = self._store.find(_RESULTS, digest)
+        if folder is None:
+            raise KeyError(digest)
+        return str(folder / _RESULT_FILE)
+
     def _constant(self, digest: str) -> Tensor:
         found = load_tensors(self._store, _CONSTANT, digest)
         if found is None:
             raise KeyError(digest)
         return found["value"]
+
+
+def _link(path: Path, folder: Path) -> None:
+    """The file under another name where the disk allows it, a copy elsewhere: it may be large."""
+    try:
+        os.link(path, folder / _RESULT_FILE)
+    except OSError:
+        shutil.copyfile(path, folder / _RESULT_FILE)
 
 
 def _write(folder: Path, data: bytes) -> None:

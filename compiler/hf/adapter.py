@@ -287,6 +287,11 @@ def config_of(class_name: str, options: dict[str, Any]) -> Any:
     return getattr(transformers, class_name)(**copy.deepcopy(options))
 
 
+def config_as_dict(config: Any) -> dict[str, Any]:
+    """What config.json says of `config`."""
+    return config.to_dict()
+
+
 def per_layer_lists(config: Any) -> list[str]:
     """Attributes of `config` that hold one value a layer."""
     count = num_layers(config)

@@ -37,6 +37,8 @@ def test_help_lists_every_command_and_no_other():
     result = run("--help")
     assert result.exit_code == 0
     expected = {
+        "bisect",
+        "cache",
         "compile",
         "generate",
         "serve",

@@ -1,0 +1,134 @@
+"""What every node of a program computes on a probe, a row a token, and how two programs' nodes differ.
+
+Knows programs before and after paging; judges nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.interpret import interpret
+from ..ir.paged import PagedSequence, allocate_caches, scatter_pages, step_inputs
+from ..ir.program import Program
+from ..passes.base import PAGED
+
+_NUM_STEPS = 3
+Weights = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeRun:
+    """`rows[name]` is what node `name` computed, `[tokens of all sequences, ...]`, for nodes with a row a
+    token; `logits` `[tokens, vocab]` are the program's result."""
+
+    rows: Mapping[str, Tensor]
+    logits: Tensor
+
+
+def run_nodes(program: Program, sequences: Sequence[Sequence[int]]) -> NodeRun:
+    """Run a program, whole sequences packed in one step, or in a few mixed steps once it is paged; either way
+    rows are in the order of the sequences' tokens."""
+    weight = kept_weights(program)
+    if PAGED not in program.facts:
+        tokens = [token for sequence in sequences for token in sequence]
+        inputs = {
+            "input_ids": torch.tensor(tokens),
+            "positions": torch.cat([torch.arange(len(sequence)) for sequence in sequences]),
+            "out_rows": torch.arange(len(tokens)),
+        }
+        seen = _Rows(len(tokens))
+        logits = interpret(program.graph, inputs, weight, seen.observe)
+        return NodeRun(rows=seen.rows, logits=logits)
+    return _run_paged(program, sequences, weight)
+
+
+def _run_paged(program: Program, sequences: Sequence[Sequence[int]], weight: Weights) -> NodeRun:
+    assert program.cache is not None
+    pages = scatter_pages(program.cache, [len(sequence) for sequence in sequences], seed=0)
+    caches = allocate_caches(program.cache, pages.num_pages)
+    parts: dict[str, dict[tuple[int, int], Tensor]] = {}
+    for step in range(_NUM_STEPS):
+        chunks: list[tuple[int, PagedSequence]] = []
+        for index, sequence in enumerate(sequences):
+            size = -(-len(sequence) // _NUM_STEPS)
+            tokens = sequence[step * size : (step + 1) * size]
+            if tokens:
+                tables = pages.tables[index]
+                wanted = range(len(tokens))
+                part = PagedSequence(start=step * size, token_ids=tokens, block_tables=tables, wanted=wanted)
+                chunks.append((index, part))
+        if not chunks:
+            continue
+        sizes = [len(part.token_ids) for _, part in chunks]
+        seen = _Rows(sum(sizes))
+        inputs = {**step_inputs(program.cache, [part for _, part in chunks]), **caches}
+        logits = interpret(program.graph, inputs, weight, seen.observe)
+        for name, rows in [*seen.rows.items(), ("", logits)]:
+            for (index, _), own in zip(chunks, rows.split(sizes), strict=True):
+                parts.setdefault(name, {})[index, step] = own
+    joined = {name: torch.cat([found[key] for key in sorted(found)]) for name, found in parts.items()}
+    logits = joined.pop("")
+    return NodeRun(rows=joined, logits=logits)
+
+
+class _Rows:
+    """Keeps what nodes compute where it has one row a token; dimensions of size 1 in front are dropped."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.rows: dict[str, Tensor] = {}
+        self._num_tokens = num_tokens
+
+    def observe(self, node: fx.Node, value: object) -> None:
+        """Keep a copy of floating-point rows: operators may write into what they were given."""
+        if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        while value.dim() > 1 and value.shape[0] == 1 and self._num_tokens != 1:
+            value = value[0]
+        if value.dim() and value.shape[0] == self._num_tokens:
+            self.rows[node.name] = value.detach().float().clone()
+
+
+def kept_weights(program: Program) -> Weights:
+    """Weights by name, each evaluated once: for small models."""
+    values: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        if name not in values:
+            values[name] = program.weights.evaluate(name)
+        return values[name]
+
+    return read
+
+
+def relative_error(expected: Tensor, found: Tensor) -> float:
+    """`|found - expected| / |expected|` in the Frobenius norm; infinite where only one is finite."""
+    if expected.numel() != found.numel():
+        return float("inf")
+    reference, other = expected.double().reshape(-1), found.double().reshape(-1)
+    if not bool(other.isfinite().all()):
+        return 0.0 if bool((other.isnan() == reference.isnan()).all()) else float("inf")
+    scale = float(reference.norm())
+    return float((other - reference).norm()) / scale if scale else float(other.norm() > 0)
+
+
+def layer_of(node: fx.Node) -> str:
+    """The part of the model a node comes from, for example `layers.3`: by the weights nearest to it above,
+    or the module it was traced in; empty where neither is known."""
+    seen: set[fx.Node] = set()
+    left = [node]
+    while left:
+        current = left.pop(0)
+        if current in seen or len(seen) > 64:
+            continue
+        seen.add(current)
+        name = str(current.target) if current.op == "get_attr" else str(current.meta.get("module", ""))
+        parts = name.split(".")
+        if "layers" in parts[:-1]:
+            index = parts.index("layers")
+            return ".".join(parts[index : index + 2])
+        left.extend(current.all_input_nodes)
+    return ""
