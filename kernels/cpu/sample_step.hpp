@@ -34,7 +34,8 @@ LLMC_INLINE bool job_fits(const SampleJob& job, int64_t rows, int64_t vocab) {
   if (job.num_top < 0 || job.num_top > vocab || (job.num_top > 0 && (!job.top || !job.top_logprobs))) return false;
   if (job.known >= 0) return true;
   if (row.num_prompt_tokens < 0 || row.num_prompt_tokens > row.num_tokens || row.top_k < 0) return false;
-  if (!(row.temperature >= 0.0f) || !(row.top_p > 0.0) || !(row.min_p <= 1.0)) return false;
+  if (!(row.temperature >= 0.0f) || !(row.temperature <= kLargest)) return false;
+  if (!(row.top_p > 0.0) || !(row.min_p <= 1.0) || row.num_tokens > UINT32_MAX) return false;
   if (reads_tokens && !ids_within(row.tokens, row.num_tokens, vocab)) return false;
   if (row.num_biases > 0 && !row.biases) return false;
   return ids_within(row.banned, row.num_banned, vocab) && ids_within(row.bias_ids, row.num_biases, vocab);

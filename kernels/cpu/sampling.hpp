@@ -138,7 +138,7 @@ LLMC_KERNEL inline int64_t sample_token(const float* logits, int64_t vocab, cons
     shaped = s.shaped;
     best = best_of(shaped, 0, vocab);
   }
-  if (best.value == -INFINITY) return -1;
+  if (!best.finite || best.value == -INFINITY) return -1;
   if (row.temperature == 0.0f) return best.index;
   scale_logits(shaped, vocab, best.value, row.temperature, s.shaped);
   const float least = std::max(keep_from(vocab, row, s), static_cast<float>(kMinNoise - kMaxNoise));

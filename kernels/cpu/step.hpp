@@ -56,8 +56,8 @@ LLMC_KERNEL StepFault check_rows(const StepType& s, const StepLimits& most) {
     if (s.input_ids[t] < 0 || s.input_ids[t] >= most.vocab) return kTokenIds;
   for (int64_t i = 0; i < s.S; ++i)
     for (int64_t t = s.query_starts[i]; t < s.query_starts[i + 1]; ++t) {
-      const int64_t before = t > s.query_starts[i] ? s.positions[t - 1] : s.positions[t] - 1;
-      if (s.positions[t] < 0 || s.positions[t] >= most.context || s.positions[t] != before + 1) return kPositions;
+      if (s.positions[t] < 0 || s.positions[t] >= most.context) return kPositions;
+      if (t > s.query_starts[i] && s.positions[t] != s.positions[t - 1] + 1) return kPositions;
     }
   for (int64_t i = 0; i < s.L; ++i)
     if (s.out_rows[i] < 0 || s.out_rows[i] >= s.T) return kLogitRows;

@@ -1,0 +1,160 @@
+"""Runs steps of an emitted library through its C ABI, in a process of its own: under sanitizers, or counted.
+
+usage: abi_driver.py FOLDER LIBRARY valid|hostile|allocations STEPS SEED THREADS
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from llmc.artifact.cpu import CPU_UNIT, decode_unit
+from llmc.runtime.executors.cpu_library import SAMPLE_JOB
+from llmc.runtime.executors.cpu_model import CpuModel, step_arrays
+from llmc.runtime.executors.tiles import SequencePart
+from llmc.spec.cache import CacheLayout
+from llmc.spec.errors import InternalError
+
+PAGES = 6
+SEQUENCES = 3
+HOSTILE = (-(2**63), -(2**31), -2, -1, 0, 1, 7, 2**31, 2**32, 2**62, 2**63 - 1)
+
+
+def open_model(folder, library, threads):
+    unit = decode_unit((folder / Path(CPU_UNIT).name).read_bytes())
+    layout = msgspec.json.decode((folder / "layout.json").read_bytes(), type=CacheLayout)
+    stored = np.load(folder / "weights.npz")
+    pages = tuple(PAGES * SEQUENCES for _ in layout.groups)
+    weights = [stored[f"w{index}"] for index in range(len(stored.files))]
+    vocab = int((folder / "vocab").read_text())
+    return CpuModel(library, unit, weights, layout, pages, vocab, threads), layout, unit, vocab
+
+
+class Batches:
+    """Random steps that go on with a few sequences, each in pages of its own."""
+
+    def __init__(self, rng, layout, unit, vocab):
+        self.rng, self.layout, self.unit, self.vocab = rng, layout, unit, vocab
+        self.done = [0] * SEQUENCES
+        self.alive = []
+
+    def parts(self):
+        parts = []
+        for index in range(SEQUENCES):
+            capacity = PAGES * self.layout.groups[0].page_tokens
+            if self.done[index] > capacity - 20:
+                self.done[index] = 0
+            count = int(self.rng.choice([0, 1, 1, 5, 19]))
+            if count:
+                table = [index * PAGES + page for page in range(PAGES)]
+                parts.append(SequencePart(
+                    start=self.done[index], token_ids=self.rng.integers(0, self.vocab, count).tolist(),
+                    block_tables=[table] * len(self.layout.groups),
+                    wanted=sorted(set(self.rng.integers(0, count, 2).tolist())),
+                ))  # fmt: skip
+                self.done[index] += count
+        return parts or self.parts()
+
+    def jobs(self, rows):
+        rng, count = self.rng, int(self.rng.integers(0, 2 * rows + 1))
+        jobs = np.zeros(count, SAMPLE_JOB)
+        tokens = rng.integers(0, self.vocab, 30)
+        top, top_logprobs = np.zeros((count, 5), np.int32), np.zeros((count, 5))
+        mask = rng.integers(0, 2**32, -(-self.vocab // 32), dtype=np.uint64).astype(np.uint32)
+        biases = rng.standard_normal(30).astype(np.float32)
+        self.alive = [tokens, top, top_logprobs, mask, biases]
+        for place, job in enumerate(jobs):
+            job["temperature"], job["repetition_penalty"] = rng.choice([0.0, 0.8]), rng.choice([1.0, 1.3])
+            job["frequency_penalty"] = rng.choice([0.0, 0.4])
+            job["min_p"], job["top_p"] = rng.choice([0.0, 0.1]), rng.choice([1.0, 0.7])
+            job["top_k"], job["seed"] = rng.choice([0, 5]), rng.integers(0, 2**62)
+            job["tokens"], job["num_tokens"], job["num_prompt_tokens"] = tokens.ctypes.data, 30, 11
+            job["banned"], job["num_banned"] = tokens.ctypes.data, rng.integers(0, 4)
+            job["bias_ids"], job["biases"], job["num_biases"] = (
+                tokens.ctypes.data, biases.ctypes.data, rng.integers(0, 4),
+            )  # fmt: skip
+            job["min_tokens"] = rng.choice([0, 25])
+            job["mask"] = rng.choice([0, mask.ctypes.data])
+            job["logits_row"], job["known"] = rng.integers(0, rows), rng.choice([-1, -1, 3])
+            job["wants_logprob"], job["num_top"] = rng.integers(0, 2), rng.integers(0, 6)
+            job["top"] = top.ctypes.data + place * 20
+            job["top_logprobs"] = top_logprobs.ctypes.data + place * 40
+        return jobs
+
+    def next(self):
+        parts = self.parts()
+        rows = sum(len(part.wanted) for part in parts)
+        logits = np.zeros((rows, self.vocab), np.float32)
+        return step_arrays(self.layout, parts, logits, self.jobs(rows) if rows else np.zeros(0, SAMPLE_JOB))
+
+
+def spoil(rng, arrays):
+    """Puts values into a step that no caller should send. Addresses are left as they are."""
+    named = ("input_ids", "positions", "out_rows", "query_starts")
+    targets = [getattr(arrays, name) for name in named] + [*arrays.block_tables, *arrays.slots]
+    for _ in range(int(rng.integers(1, 4))):
+        target = targets[int(rng.integers(0, len(targets)))].reshape(-1)
+        if rng.random() < 0.3 and len(arrays.jobs):
+            # counts of the caller's own arrays are its word, like their addresses
+            names = (
+                "temperature",
+                "top_p",
+                "min_p",
+                "top_k",
+                "min_tokens",
+                "num_prompt_tokens",
+                "logits_row",
+            )
+            name = str(rng.choice([*names, "known", "repetition_penalty", "frequency_penalty"]))
+            job = arrays.jobs[int(rng.integers(0, len(arrays.jobs)))]
+            is_float = SAMPLE_JOB[name].kind == "f"
+            job[name] = (
+                rng.choice([np.nan, np.inf, -np.inf, -1.0, 1e-40]) if is_float else int(rng.choice(HOSTILE))
+            )
+        elif len(target):
+            value = int(rng.choice(HOSTILE)) if rng.random() < 0.6 else int(rng.integers(-3, 40))
+            target[int(rng.integers(0, len(target)))] = value
+
+
+def main():
+    folder, library, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    steps, seed, threads = (int(text) for text in sys.argv[4:7])
+    rng = np.random.default_rng(seed)
+    model, layout, unit, vocab = open_model(folder, library, threads)
+    run = model._library.step
+    batches, refused, digest = Batches(rng, layout, unit, vocab), 0, hashlib.sha256()
+    counter = ctypes.CDLL(None) if mode == "allocations" else None
+    if counter is not None:
+        counter.watch_step.restype = ctypes.c_long
+        step = model._library._library.llmc_step
+        model._library._library.llmc_step = lambda *a: counted(counter, step, a)
+    for _ in range(steps):
+        arrays = batches.next()
+        if mode == "hostile":
+            spoil(rng, arrays)
+        try:
+            run(arrays)
+            digest.update(arrays.logits.tobytes())
+        except InternalError:
+            refused += 1
+    model.close()
+    print(refused, digest.hexdigest())
+
+
+def counted(counter, step, arguments):
+    engine, fields, count = arguments
+    found = counter.watch_step(
+        ctypes.cast(step, ctypes.c_void_p), ctypes.c_void_p(engine), fields, ctypes.c_int64(count)
+    )
+    if found:
+        raise SystemExit(f"{found} allocations in a step")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
