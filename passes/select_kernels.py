@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from ..ir.program import Program
-from ..kernels.catalog import IntegerLinear, integer_linear
-from ..kernels.costs import integer_seconds
+from ..kernels.catalog import IntegerLinear, integer_linear, integer_seconds
 from ..spec.errors import TargetError
 from ..spec.history import Decision, LayerError
 from ..spec.quant import parse_scheme

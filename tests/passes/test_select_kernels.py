@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmc.kernels.catalog import integer_linear
-from llmc.kernels.costs import MEASURED, integer_seconds
+from llmc.kernels.catalog import MEASURED, integer_linear, integer_seconds
 from llmc.passes.base import PassContext
 from llmc.passes.graph import argument, calls
 from llmc.passes.instruments import NumericContract, Verification
