@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from ...spec.errors import InternalError
+from ...spec.errors import InternalError, LlmcError
 from ..protocol import TokenLogprob
 from .codec import Codec
+from .errors import error_body
 from .plan import Plan
 from .responses import (
     ChatChoice,
@@ -30,6 +31,8 @@ from .writer import Heading, finish_of
 class ChatWriter:
     """The first chunk of a choice has its role. `usage_so_far` is asked for every chunk where continuous
     usage is wanted; `reports_usage` puts `usage: null` into the others, as OpenAI does."""
+
+    ends_with_done = True
 
     def __init__(
         self,
@@ -58,6 +61,9 @@ class ChatWriter:
     def usage_chunk(self, usage: Usage) -> ChatChunk:
         heading = self._heading
         return ChatChunk(id=heading.id, created=heading.created, model=heading.model, choices=[], usage=usage)
+
+    def failure(self, error: LlmcError) -> msgspec.Struct:
+        return error_body(error)
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> ChatResponse:
         parts: list[list[ChatDeltaChoice]] = [[] for _ in range(self._plan.num_sequences)]

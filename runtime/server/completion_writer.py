@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ...spec.errors import LlmcError
 from ..protocol import TokenLogprob
 from .codec import Codec
+from .errors import error_body
 from .plan import Plan
 from .responses import CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
 from .run import Piece
@@ -27,6 +29,8 @@ class _Prompt:
 class CompletionWriter:
     """`echoed` are the prompts as text, or None. `usage_so_far` is asked for every chunk where continuous
     usage is wanted; `reports_usage` puts `usage: null` into the others, as OpenAI does."""
+
+    ends_with_done = True
 
     def __init__(
         self,
@@ -60,6 +64,9 @@ class CompletionWriter:
         return CompletionResponse(
             id=heading.id, created=heading.created, model=heading.model, choices=[], usage=usage
         )
+
+    def failure(self, error: LlmcError) -> msgspec.Struct:
+        return error_body(error)
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> CompletionResponse:
         parts: list[list[CompletionChoice]] = [[] for _ in range(self._plan.num_sequences)]

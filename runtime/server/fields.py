@@ -162,6 +162,60 @@ CHAT_FIELDS: dict[str, Field] = {
     "thinking_token_budget": _refused("Thoughts have no limit of their own; use max_completion_tokens."),
 }
 
+RESPONSES_FIELDS: dict[str, Field] = {
+    **dict.fromkeys(
+        (
+            "model",
+            "input",
+            "instructions",
+            "max_output_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "seed",
+            "stream",
+            "text",
+            "tools",
+            "tool_choice",
+            "parallel_tool_calls",
+            "priority",
+            "request_id",
+            "timeout_s",
+        ),
+        _HONOURED,
+    ),
+    **{
+        name: CHAT_FIELDS[name]
+        for name in (
+            *("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+            *("prompt_cache_options", "store", "service_tier", "moderation", "cache_salt"),
+            *("mm_processor_kwargs", "logits_processors", "kv_transfer_params"),
+        )
+    },
+    "background": _neutral("An answer is sent while its client waits.", False),
+    "include": _neutral("An answer holds all there is.", []),
+    "stream_options": _neutral("Events are not padded.", {}, {"include_obfuscation": False}),
+    "top_logprobs": _neutral("Use /v1/chat/completions for logprobs.", 0),
+    "truncation": _neutral("Nothing is ever truncated; shorten the input.", "disabled"),
+    **dict.fromkeys(
+        ("previous_response_id", "conversation", "prompt", "background_options"),
+        _refused("This server stores nothing; send the whole conversation as input."),
+    ),
+    "reasoning": _refused("How much a model thinks is a matter of its template."),
+    "max_tool_calls": _refused("The model calls nothing by itself."),
+    "context_management": _refused("Nothing is ever truncated; shorten the input."),
+    "access_programs": _refused("The model calls nothing by itself."),
+    "image": _refused("Only text is generated."),
+}
+
+EMBEDDING_FIELDS: dict[str, Field] = {
+    "model": _HONOURED,
+    "input": _HONOURED,
+    "encoding_format": _neutral("No embeddings are made.", "float", "base64"),
+    "dimensions": _refused("No embeddings are made."),
+    "user": _label(),
+}
+
 TOKENIZE_FIELDS: dict[str, Field] = {
     **dict.fromkeys(
         (

@@ -19,11 +19,13 @@ from .chat_writer import ChatWriter
 from .completion_writer import CompletionWriter
 from .decode import decode_body
 from .errors import bad_request
-from .fields import CHAT_FIELDS, COMPLETION_FIELDS
+from .fields import CHAT_FIELDS, COMPLETION_FIELDS, RESPONSES_FIELDS
 from .plan import Plan, count_sequences, plan_chat, plan_completion, split_prompts
 from .reply import reply_stream, reply_whole
-from .requests import ChatRequest, CompletionRequest, GenerationFields
+from .requests import ChatRequest, CompletionRequest, GenerationFields, ResponsesRequest
 from .responses import Usage
+from .responses_input import as_chat
+from .responses_writer import ResponsesWriter
 from .run import Run
 from .state import ServedModel, ServerState
 from .writer import Heading, Writer
@@ -86,6 +88,27 @@ async def generate_chat(state: ServerState, request: Request, owner: str) -> Res
         usage_so_far=_continuous(asked, run),
     )
     return await _reply(state, run, writer, asked, request)
+
+
+async def generate_response(state: ServerState, request: Request, owner: str) -> Response:
+    """/v1/responses. Raises LlmcError for everything that is not a 200."""
+    arrival_s = state.clock()
+    state.check_admits()
+    body = await read_body(request, state.config)
+    given = decode_body(body, ResponsesRequest, RESPONSES_FIELDS)
+    asked = as_chat(given)
+
+    def plan(model: ServedModel) -> Plan:
+        return plan_chat(asked, model.codec, model.client.facts.defaults, state.config, state.draw_seed)
+
+    model, place, made = await _admit(state, asked, owner, 1, plan, len(body))
+    run = _start(model, place, made, arrival_s)
+    writer = ResponsesWriter(_heading("resp", asked, model, "_"), made, given)
+    if not asked.stream:
+        return await reply_whole(run, writer, request)
+    return await reply_stream(
+        run, writer, request, with_usage=True, send_timeout_s=state.config.send_timeout_s
+    )
 
 
 async def _admit(
@@ -186,9 +209,9 @@ def _echoed(asked: CompletionRequest, model: ServedModel, plan: Plan) -> list[st
     ]
 
 
-def _heading(prefix: str, asked: GenerationFields, model: ServedModel) -> Heading:
+def _heading(prefix: str, asked: GenerationFields, model: ServedModel, between: str = "-") -> Heading:
     name = asked.request_id or secrets.token_hex(12)
-    return Heading(id=f"{prefix}-{name}", created=int(time.time()), model=model.name)
+    return Heading(id=f"{prefix}{between}{name}", created=int(time.time()), model=model.name)
 
 
 def _wants_usage(asked: GenerationFields) -> bool:

@@ -8,8 +8,24 @@ import msgspec
 
 from ... import __version__
 from .errors import ErrorBody
-from .fields import CHAT_FIELDS, COMPLETION_FIELDS, DETOKENIZE_FIELDS, TOKENIZE_FIELDS, Field, Use
-from .requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .fields import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    DETOKENIZE_FIELDS,
+    EMBEDDING_FIELDS,
+    RESPONSES_FIELDS,
+    TOKENIZE_FIELDS,
+    Field,
+    Use,
+)
+from .requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+)
 from .responses import (
     ChatChunk,
     ChatResponse,
@@ -20,6 +36,7 @@ from .responses import (
     ModelList,
     TokenizeResponse,
 )
+from .responses_writer import ResponseBody, ResponseEvent
 from .status import Status
 
 _TEMPLATE = "#/components/schemas/{name}"
@@ -28,9 +45,13 @@ _STRUCTS = (
     ChatRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    ResponsesRequest,
+    EmbeddingRequest,
     CompletionResponse,
     ChatResponse,
     ChatChunk,
+    ResponseBody,
+    ResponseEvent,
     TokenizeResponse,
     DetokenizeResponse,
     ModelCard,
@@ -46,6 +67,8 @@ def openapi_document() -> dict[str, Any]:
     _, components = msgspec.json.schema_components(_STRUCTS, ref_template=_TEMPLATE)
     _add_neutral(components["CompletionRequest"], COMPLETION_FIELDS)
     _add_neutral(components["ChatRequest"], CHAT_FIELDS)
+    _add_neutral(components["ResponsesRequest"], RESPONSES_FIELDS)
+    _add_neutral(components["EmbeddingRequest"], EMBEDDING_FIELDS)
     _add_neutral(components["TokenizeRequest"], TOKENIZE_FIELDS)
     _add_neutral(components["DetokenizeRequest"], DETOKENIZE_FIELDS)
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -57,6 +80,8 @@ def openapi_document() -> dict[str, Any]:
                 "Continue texts.", CompletionRequest, CompletionResponse, CompletionResponse
             ),
             "/v1/chat/completions": _post("Answer messages.", ChatRequest, ChatResponse, ChatChunk),
+            "/v1/responses": _post("Answer items.", ResponsesRequest, ResponseBody, ResponseEvent),
+            "/v1/embeddings": _post("Refused: models here generate text.", EmbeddingRequest, ErrorBody),
             "/tokenize": _post("Text to token ids.", TokenizeRequest, TokenizeResponse),
             "/detokenize": _post("Token ids to text.", DetokenizeRequest, DetokenizeResponse),
             "/v1/models": _get("The models served.", ModelList),

@@ -15,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 from ...spec.errors import LlmcError
 from .body import until_disconnect
 from .client import ClientGone
-from .errors import error_body
 from .run import Piece, Run
 from .writer import Writer
 
@@ -29,8 +28,10 @@ _HEADERS = [
 
 
 def frame(body: msgspec.Struct) -> bytes:
-    """One server-sent event."""
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+    """One server-sent event; bodies that know the name of their event say it."""
+    name = getattr(body, "event_name", None)
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 async def reply_whole(run: Run, writer: Writer, request: Request) -> Response:
@@ -105,11 +106,12 @@ class EventStream(Response):
             while not run.is_over:
                 yield _frames(self._writer, await run.take())
         except LlmcError as error:
-            yield frame(error_body(error))
+            yield frame(self._writer.failure(error))
             return
         if self._with_usage:
             yield frame(self._writer.usage_chunk(run.usage()))
-        yield _DONE
+        if self._writer.ends_with_done:
+            yield _DONE
 
 
 def _frames(writer: Writer, pieces: list[Piece]) -> bytes:

@@ -168,6 +168,64 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
     include_reasoning: bool = True
 
 
+class ResponsesFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The form of the output, as /v1/responses names it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponsesText(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    format: ResponsesFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesTool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A function, without the level that chat puts around it."""
+
+    type: Literal["function"]
+    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponsesToolChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["function"]
+    name: str
+
+
+class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`input` is a text or a list of items: messages, calls, their outputs, thoughts."""
+
+    input: str | list[dict[str, Any]]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    seed: Seed | None = None
+    stream: bool = False
+    text: ResponsesText | None = None
+    tools: list[ResponsesTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
+    parallel_tool_calls: bool = True
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    request_id: Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")] | None = (
+        None
+    )
+    timeout_s: Annotated[float, Meta(gt=0)] | None = None
+
+
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    input: str | list[str | int | list[int]]
+    model: str | None = None
+
+
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Either `prompt` or `messages`."""
 

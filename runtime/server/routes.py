@@ -9,15 +9,15 @@ from starlette.routing import Route
 
 from .body import read_body
 from .decode import decode_body
-from .fields import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
-from .generate import generate_chat, generate_completion
+from .fields import DETOKENIZE_FIELDS, EMBEDDING_FIELDS, TOKENIZE_FIELDS
+from .generate import generate_chat, generate_completion, generate_response
 from .metrics import CONTENT_TYPE
 from .openapi import openapi_document
-from .requests import DetokenizeRequest, TokenizeRequest
+from .requests import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .responses import HealthResponse, ModelList
 from .state import ServerState
 from .status import PAGE_HEADERS, status_of, status_page
-from .text_routes import alive, detokenize, model_card, model_cards, takes_requests, tokenize
+from .text_routes import alive, detokenize, model_card, model_cards, no_embeddings, takes_requests, tokenize
 
 
 def make_routes(state: ServerState) -> list[Route]:
@@ -37,7 +37,17 @@ def _generation_routes(state: ServerState) -> list[Route]:
     async def chat(request: Request) -> Response:
         return await generate_chat(state, request, _owner(state, request))
 
+    async def responses(request: Request) -> Response:
+        return await generate_response(state, request, _owner(state, request))
+
+    async def embeddings(request: Request) -> Response:
+        _owner(state, request)
+        body = await read_body(request, state.config)
+        raise no_embeddings(state, decode_body(body, EmbeddingRequest, EMBEDDING_FIELDS))
+
     return [
+        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
     ]

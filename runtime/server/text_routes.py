@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from .errors import bad_request
-from .requests import DetokenizeRequest, TokenizeRequest
+from .errors import ServingError, bad_request
+from .requests import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .responses import DetokenizeResponse, HealthResponse, ModelCard, TokenizeResponse
 from .state import ServedModel, ServerState
 from .tools import template_tool
@@ -45,6 +45,18 @@ async def detokenize(state: ServerState, asked: DetokenizeRequest) -> Detokenize
     """The text of token ids, special tokens included."""
     codec = state.model(asked.model).codec
     return DetokenizeResponse(prompt=await asyncio.to_thread(codec.decode, asked.tokens))
+
+
+def no_embeddings(state: ServerState, asked: EmbeddingRequest) -> ServingError:
+    """Compiled programs end in logits: none of them gives its hidden states away."""
+    name = state.model(asked.model).name
+    return bad_request(
+        "request.no_embeddings",
+        f"The model {name} makes no embeddings.",
+        "It was compiled to generate text.",
+        "Use a model for embeddings on a server that has one.",
+        "model",
+    )
 
 
 def model_card(model: ServedModel, name: str) -> ModelCard:

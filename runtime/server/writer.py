@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from ...spec.errors import LlmcError
 from ..request import FinishReason
 from .responses import Usage
 from .run import Piece
@@ -24,7 +25,13 @@ class Heading:
 
 
 class Writer(Protocol):
-    """Pieces of one request to bodies."""
+    """Pieces of one request to bodies. `ends_with_done`: a stream ends with OpenAI's older mark."""
+
+    ends_with_done: bool
+
+    def failure(self, error: LlmcError) -> msgspec.Struct:
+        """The last chunk of a stream that failed."""
+        ...
 
     def chunks(self, pieces: Sequence[Piece]) -> list[msgspec.Struct]:
         """The chunks that a stream sends for them."""

@@ -10,8 +10,9 @@ import typing
 import httpx2 as httpx
 import openai
 import pytest
-from openai.types import completion_create_params
+from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 from llmc.runtime.server import fields, requests
 
@@ -205,7 +206,8 @@ def test_unknown_models_and_routes(shared):
     assert_refused(shared.post(COMPLETIONS, model="gpt-5", prompt="a"), "model_not_found", 404, "gpt-5")
     with pytest.raises(openai.NotFoundError, match="letters"):
         shared.client().models.retrieve("other")
-    assert_refused(shared.post("/v1/embeddings", input="x"), "http.404", 404, "/v1/embeddings")
+    assert_refused(shared.post("/v1/moderations", input="x"), "http.404", 404, "/v1/moderations")
+    assert_refused(shared.post("/v1/embeddings", input="x"), "request.no_embeddings", 400, "letters")
     assert_refused(httpx.get(shared.url + COMPLETIONS), "http.405", 405)
 
 
@@ -264,8 +266,10 @@ def test_every_field_of_the_client_is_in_the_table():
     for params, table in (
         (completion_create_params.CompletionCreateParamsBase, fields.COMPLETION_FIELDS),
         (chat_create_params.CompletionCreateParamsBase, fields.CHAT_FIELDS),
+        (response_create_params.ResponseCreateParamsBase, fields.RESPONSES_FIELDS),
+        (embedding_create_params.EmbeddingCreateParams, fields.EMBEDDING_FIELDS),
     ):
-        assert set(typing.get_type_hints(params)) | {"stream"} <= set(table)
+        assert set(typing.get_type_hints(params)) <= set(table)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +277,8 @@ def test_every_field_of_the_client_is_in_the_table():
     [
         (requests.CompletionRequest, fields.COMPLETION_FIELDS),
         (requests.ChatRequest, fields.CHAT_FIELDS),
+        (requests.ResponsesRequest, fields.RESPONSES_FIELDS),
+        (requests.EmbeddingRequest, fields.EMBEDDING_FIELDS),
         (requests.TokenizeRequest, fields.TOKENIZE_FIELDS),
         (requests.DetokenizeRequest, fields.DETOKENIZE_FIELDS),
     ],
