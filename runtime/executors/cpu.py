@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ..protocol import ExecutorCaps
 from .amx import usable_features
 from .cpu_model import CpuModel
 from .cpu_sampling import CpuSampled
+from .processors import usable_processors
 from .stepped import SteppedExecutor
 
 
@@ -31,7 +31,11 @@ def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
 
 def open_level(artifact: Artifact, unit: CpuUnit, level: str, config: RuntimeConfig) -> SteppedExecutor:
     """The executor with the library of one ISA level, which must run on this processor."""
-    model, caps = open_model(artifact, unit, level, config)
+    return executor_of(*open_model(artifact, unit, level, config))
+
+
+def executor_of(model: CpuModel, caps: ExecutorCaps) -> SteppedExecutor:
+    """The executor over a model, which samples in its steps."""
     return SteppedExecutor(CpuSampled(model), caps)
 
 
@@ -46,7 +50,7 @@ def open_model(
         max_requests=config.max_requests, max_model_len=max_model_len, max_step_tokens=max_step_tokens
     )
     pages = num_pages(layout, demand, config.cache_bytes, available_memory_bytes())
-    threads = min(config.num_threads or len(os.sched_getaffinity(0)), unit.max_threads)
+    threads = min(config.num_threads or usable_processors(), unit.max_threads)
     stored = artifact.weights()
     model = CpuModel(
         artifact.path / library_path(level),
