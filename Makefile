@@ -3,7 +3,7 @@
 #   make demo        compile the bundled model to int4 and let it tell a story
 #   make test        the fast tests, at most 15 minutes on 2 cores
 #   make test-full   every test; after `test` on the same command line, only those that `test` left out
-#   make lint typecheck bench clean
+#   make lint typecheck bench bench-cpu clean
 #
 # PYTHON=/path/to/python3 chooses the interpreter of a new .venv. Tests run in one process a core (WORKERS=0:
 # in one process), each with one torch thread; PYTEST_ARGS is handed to pytest. On a machine without a GPU,
@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 DEMO := build/demo
 
-.PHONY: demo test test-full lint typecheck bench clean
+.PHONY: demo test test-full lint typecheck bench bench-cpu clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -44,6 +44,13 @@ typecheck: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in $(sort $(wildcard bench/bench_*.py bench/*/bench_*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# Peers join by LLMC_BENCH_PEERS="openvino=openvino:MODEL:PYTHON ..."; see docs/cpu-performance.md.
+bench-cpu: $(STAMP)
+	$(BIN)/python bench/cpu/prepare.py
+	$(BIN)/python bench/cpu/kernels.py
+	$(BIN)/python bench/cpu/end_to_end.py --shape qwen2.5-0.5b
+	$(BIN)/python bench/cpu/end_to_end.py --shape llama-3.2-1b
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

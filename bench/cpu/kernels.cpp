@@ -1,5 +1,5 @@
-// Times kernels against the limits of the machine: kernels THREADS REPEATS [cpu]. Prints one JSON object.
-// A third argument `cpu` takes processor time of the (then only) thread instead of wall time, for busy machines.
+// Times kernels against the limits of the machine: kernels THREADS REPEATS wall|cpu all|limits. Prints one JSON
+// object. `cpu` takes processor time of the (then only) thread, for busy machines; `limits` measures these alone.
 // In every repeat each measurement runs once, so that a slow moment hits all of them.
 #include <algorithm>
 #include <chrono>
@@ -121,7 +121,7 @@ void integer_products(Bench& bench, const char* name) {
   scramble(weights, bytes * copies);
   for (size_t r = 0; r < bytes * copies / S::kRecord; ++r)
     for (int i = 0; i < 32; ++i) reinterpret_cast<uint16_t*>(weights + r * S::kRecord)[i] = 0x2000;
-  for (int64_t rows : {1, 2, 4, 8, 16, 64, 256}) {
+  for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 16, 64, 256}) {
     float* x = reinterpret_cast<float*>(large(rows * kIn * 4));
     for (int64_t i = 0; i < rows * kIn; ++i) x[i] = static_cast<float>(i % 101) - 50.0f;
     float* y = reinterpret_cast<float*>(large(rows * kOut * 4));
@@ -193,11 +193,23 @@ void attentions(Bench& bench, const char* name, int64_t context, int64_t rows) {
   });
 }
 
+void add_kernels(Bench& bench) {
+  integer_products<Scheme<4, 32, 32, 1, false>>(bench, "int4_g32");
+  integer_products<Scheme<4, 32, 32, 2, false>>(bench, "int4_g32_accurate");
+  integer_products<Scheme<4, 128, 128, 1, false>>(bench, "int4_g128");
+  integer_products<Scheme<8, 32, 32, 1, false>>(bench, "int8_g32");
+  float_products<bf16>(bench, "bf16");
+  attentions<bf16>(bench, "attention_bf16_4k_decode", 4096, 1);
+  attentions<int8_t>(bench, "attention_int8_4k_decode", 4096, 1);
+  attentions<bf16>(bench, "attention_bf16_512_prefill", 512, 512);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const int threads = count > 1 ? std::atoi(arguments[1]) : 1, repeats = count > 2 ? std::atoi(arguments[2]) : 9;
-  g_processor_time = count > 3 && threads == 1;
+  g_processor_time = count > 3 && std::string(arguments[3]) == "cpu" && threads == 1;
+  const bool all = count < 5 || std::string(arguments[4]) == "all";
   Pool pool(threads);
   Bench bench{pool, repeats, {}};
   char* arena = large(kArena);
@@ -217,14 +229,7 @@ int main(int count, char** arguments) {
     for (double one : work) total += one;
     return total;
   });
-  integer_products<Scheme<4, 32, 32, 1, false>>(bench, "int4_g32");
-  integer_products<Scheme<4, 32, 32, 2, false>>(bench, "int4_g32_accurate");
-  integer_products<Scheme<4, 128, 128, 1, false>>(bench, "int4_g128");
-  integer_products<Scheme<8, 32, 32, 1, false>>(bench, "int8_g32");
-  float_products<bf16>(bench, "bf16");
-  attentions<bf16>(bench, "attention_bf16_4k_decode", 4096, 1);
-  attentions<int8_t>(bench, "attention_int8_4k_decode", 4096, 1);
-  attentions<bf16>(bench, "attention_bf16_512_prefill", 512, 512);
+  if (all) add_kernels(bench);
   bench.measure();
   bench.print();
 }

@@ -30,22 +30,23 @@ def cpu_features() -> frozenset[str]:
     return frozenset(flags.partition(":")[2].split())
 
 
-def compile_and_run(
-    level_name: str, threads: int, repeats: int, *, processor_time: bool
-) -> dict[str, dict[str, float]]:
-    """The program's own report; it prints JSON."""
+def build_program(level_name: str, folder: Path) -> Path:
+    """The bench program for an ISA level, compiled into `folder`."""
     level = next(level for level in LEVELS if level.name == level_name)
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "kernels"
-        include = f"-I{HERE.parents[1] / 'kernels' / 'cpu'}"
-        command = ["c++", "-O2", "-w", "-pthread", *NUMERIC_FLAGS, *level.flags, include]
-        subprocess.run([*command, str(HERE / "kernels.cpp"), "-o", str(program)], check=True)
-        done = subprocess.run(
-            [str(program), str(threads), str(repeats), *(["cpu"] if processor_time else [])],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+    program = folder / "kernels"
+    include = f"-I{HERE.parents[1] / 'kernels' / 'cpu'}"
+    command = ["c++", "-O2", "-w", "-pthread", *NUMERIC_FLAGS, *level.flags, include]
+    subprocess.run([*command, str(HERE / "kernels.cpp"), "-o", str(program)], check=True)
+    return program
+
+
+def run_program(
+    program: Path, threads: int, repeats: int, *, processor_time: bool = False, only: str = "all"
+) -> dict[str, dict[str, float]]:
+    """The program's own report; it prints JSON. `only` "limits" leaves the kernels out."""
+    clock = "cpu" if processor_time else "wall"
+    command = [str(program), str(threads), str(repeats), clock, only]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
 
 
@@ -58,8 +59,10 @@ def main() -> None:
     parser.add_argument("--processor-time", action="store_true", help="one thread, its own time only")
     asked = parser.parse_args()
     threads = 1 if asked.processor_time else asked.threads
-    bench = Record("cpu_kernels")
-    measured = compile_and_run(asked.level, threads, asked.repeats, processor_time=asked.processor_time)
+    with tempfile.TemporaryDirectory() as folder:
+        program = build_program(asked.level, Path(folder))
+        bench = Record("cpu_kernels")
+        measured = run_program(program, threads, asked.repeats, processor_time=asked.processor_time)
     for name, one in measured.items():
         limit = measured[LIMITS[one["unit"]]]["p50"]
         if limit > 0:
