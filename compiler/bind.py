@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from ..ir.program import Program
-from ..ir.weights import Cast, Concat, Constant, Expr, Permute, Reshape, Slice, Source, Stack, Unbound
+from ..ir.weights import Cast, Concat, Constant, Expr, Permute, Reshape, Slice, Stack, Unbound
 from ..spec.errors import InternalError, ModelError
 from .checkpoint import Checkpoint
 from .hf.conversion import (
@@ -23,7 +23,7 @@ from .hf.conversion import (
     SwapDims,
     plan_conversion,
 )
-from .shards import StoredTensor
+from .quantised.stored import stored_weights
 
 _SHOWN = 3
 Shapes = dict[str, tuple[int, ...]]
@@ -36,7 +36,8 @@ def bind_checkpoint(program: Program, checkpoint: Checkpoint) -> Program:
     expressions. Raises ModelError for tensors that are missing, unexpected, or of another shape,
     and for tied weights that the checkpoint stores twice with different values.
     """
-    plan = plan_conversion(checkpoint.config, checkpoint.tensors)
+    stored = stored_weights(checkpoint.tensors, checkpoint.form)
+    plan = plan_conversion(checkpoint.config, stored)
     needed = {
         name: entry
         for name, entry in program.weights.entries.items()
@@ -45,9 +46,10 @@ def bind_checkpoint(program: Program, checkpoint: Checkpoint) -> Program:
     shapes = {name: entry.shape for name, entry in needed.items()}
     found: dict[str, Expr] = {}
     for conversion in plan.conversions:
-        found.update(_convert(conversion, checkpoint.tensors, shapes))
+        found.update(_convert(conversion, stored, shapes))
     found = _with_ties(program, found)
-    _check_presence(checkpoint, needed, found, plan.unexpected)
+    strangers = [name for name in plan.unexpected if stored[name].dtype.is_floating_point]
+    _check_presence(checkpoint, needed, found, strangers)
     bound = {name: found[name] for name in needed if name in found}
     _check_shapes(shapes, bound, checkpoint)
     entries = {name: _cast(expr, needed[name].dtype) for name, expr in bound.items()}
@@ -59,8 +61,8 @@ def _is_stored(name: str, entry: Expr, state_names: frozenset[str]) -> bool:
     return isinstance(entry, Unbound) or (isinstance(entry, Constant) and name in state_names)
 
 
-def _convert(conversion: Conversion, tensors: Mapping[str, StoredTensor], shapes: Shapes) -> dict[str, Expr]:
-    lanes: list[list[Expr]] = [[_source(tensors[name]) for name in lane] for lane in conversion.lanes]
+def _convert(conversion: Conversion, stored: Mapping[str, Expr], shapes: Shapes) -> dict[str, Expr]:
+    lanes: list[list[Expr]] = [[stored[name] for name in lane] for lane in conversion.lanes]
     for step in conversion.steps:
         lanes = _apply(step, lanes, conversion.targets, shapes)
     if any(len(lane) != 1 for lane in lanes) or len(lanes) != len(conversion.targets):
@@ -71,10 +73,6 @@ def _convert(conversion: Conversion, tensors: Mapping[str, StoredTensor], shapes
             "Report the model this happened with.",
         )
     return {target: lane[0] for target, lane in zip(conversion.targets, lanes, strict=True)}
-
-
-def _source(stored: StoredTensor) -> Source:
-    return Source(str(stored.path), stored.key, stored.shape, stored.dtype)
 
 
 def _apply(step: Step, lanes: list[list[Expr]], targets: tuple[str, ...], shapes: Shapes) -> list[list[Expr]]:
@@ -177,10 +175,9 @@ def _equal(program: Program, first: Expr, second: Expr) -> bool:
 
 
 def _check_presence(
-    checkpoint: Checkpoint, needed: dict[str, Expr], found: dict[str, Expr], unexpected: tuple[str, ...]
+    checkpoint: Checkpoint, needed: dict[str, Expr], found: dict[str, Expr], strangers: list[str]
 ) -> None:
     missing = [name for name in needed if name not in found]
-    strangers = [name for name in unexpected if checkpoint.tensors[name].dtype.is_floating_point]
     if missing:
         also = f" and has {len(strangers)} that the model does not know" if strangers else ""
         raise ModelError(

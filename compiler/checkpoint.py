@@ -14,6 +14,7 @@ import torch
 
 from ..spec.errors import ModelError, UsageError
 from .json_files import read_object
+from .quantised.stored import QuantisedForm, quantised_form, without_quantisation
 from .shards import StoredTensor, list_tensors
 from .tokenizer_files import TokenizerFiles, find_tokenizer
 
@@ -22,30 +23,35 @@ COMPUTE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_COMPUTED = tuple(COMPUTE_DTYPES.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """One model folder. `config` is the transformers config object, `tensors` what is stored by name;
-    no tensor is loaded."""
+    no tensor is loaded. `form` says how its quantised weights are stored, None where it has none."""
 
     folder: Path
     config: Any
     raw_config: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
     tokenizer: TokenizerFiles
+    form: QuantisedForm | None = None
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The checkpoint's own precision: what most of its values are stored in.
+        """The checkpoint's own precision: what most of its values, codes aside, are stored in.
 
         Raises ModelError when that is no dtype a program can compute in.
         """
         values: Counter[torch.dtype] = Counter()
         for tensor in self.tensors.values():
-            if tensor.dtype.is_floating_point:
+            if tensor.dtype.is_floating_point and (self.form is None or tensor.dtype in _COMPUTED):
                 values[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
+        declared = COMPUTE_DTYPES.get(str(self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")))
         stored = values.most_common(1)[0][0] if values else None
+        if self.form is not None and declared is not None:
+            stored = declared  # what is left beside the codes may be scales alone
         if stored not in COMPUTE_DTYPES.values():
             raise ModelError(
                 "model.precision",
@@ -65,14 +71,21 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open the model in `folder` without loading a tensor.
 
-    Raises ModelError for a folder that is empty or no model, an unknown `model_type`, a quantised
-    checkpoint, weights that are pickled, missing, truncated or damaged, and a missing tokenizer.
+    Raises ModelError for a folder that is empty or no model, an unknown `model_type`, a form of
+    quantisation that cannot be read, weights that are pickled, missing, truncated or damaged, and a
+    missing tokenizer.
     """
     raw = _read_config(folder)
     config = _config_object(folder, raw)
+    form = quantised_form(raw)
     tensors = list_tensors(folder)
     return Checkpoint(
-        folder=folder, config=config, raw_config=raw, tensors=tensors, tokenizer=find_tokenizer(folder)
+        folder=folder,
+        config=config,
+        raw_config=raw,
+        tensors=tensors,
+        tokenizer=find_tokenizer(folder),
+        form=form,
     )
 
 
@@ -99,16 +112,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if not (folder / "config.json").is_file():
         raise _no_config(folder)
-    raw = read_object(folder / "config.json")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unnamed method")
-        raise ModelError(
-            "model.quantised_checkpoint",
-            f"{folder.name} is already quantised ({method}).",
-            "This version of llmc reads unquantised checkpoints and quantises them itself.",
-            "Use the unquantised model with --quant.",
-        )
-    return raw
+    return read_object(folder / "config.json")
 
 
 def _no_config(folder: Path) -> ModelError:
@@ -156,7 +160,7 @@ def _config_object(folder: Path, raw: dict[str, Any]) -> Any:
             "Check model_type in config.json, or install a newer transformers.",
         )
     try:
-        return config_from_json(raw)
+        return config_from_json(without_quantisation(raw))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(
             "model.bad_config",

@@ -48,14 +48,17 @@ class CodedGroups(NamedTuple):
 def code_groups(groups: Tensor, scheme: ActivationScheme) -> CodedGroups:
     """Codes of `groups[..., size]`, float32, each group along the last dimension with a scale of its own.
 
-    A group with an infinity or NaN has the scale NaN and codes 0.
+    A group with an infinity or NaN has the scale NaN and codes 0. Integers are found by multiplying with
+    top / a as the CPU kernels do, floats by dividing by the scale as vLLM and compressed-tensors do.
     """
     top = groups.abs().amax(-1, keepdim=True)
     tiny, finite = top < SMALLEST_ACTIVATION, top.isfinite()
+    scales = torch.where(tiny, 0.0, top / scheme.top)
     # a quotient of tensors: torch would multiply a scalar by the rounded reciprocal
-    factors = torch.where(tiny, 0.0, torch.full_like(top, scheme.top) / top)
-    scales = torch.where(finite, torch.where(tiny, 0.0, top / scheme.top), torch.nan)
-    return CodedGroups(torch.where(finite, _coded(groups * factors, scheme), 0.0), scales)
+    factors = torch.full_like(top, scheme.top) / top
+    scaled = groups / scales if scheme.codes == "fp8" else groups * factors
+    codes = torch.where(finite & ~tiny, _coded(scaled, scheme), 0.0)
+    return CodedGroups(codes, torch.where(finite, scales, torch.nan))
 
 
 def _coded(scaled: Tensor, scheme: ActivationScheme) -> Tensor:

@@ -11,6 +11,7 @@ from itertools import takewhile
 import torch
 from torch import fx
 
+from ..ir.coded import coded_form, is_coded
 from ..ir.program import Program
 from ..ir.weights import Concat, Constant, Expr
 from .graph import argument, is_call, is_weight, read_weight
@@ -34,6 +35,9 @@ def obstacle(nodes: Sequence[fx.Node], program: Program) -> str | None:
     dtypes = {program.weights[str(argument(node, "weight").target)].dtype for node in nodes}
     if len(dtypes) > 1:
         return f"{nodes[0].name}: weights of several dtypes share its input"
+    exprs = [program.weights[str(argument(node, "weight").target)] for node in nodes]
+    if any(map(is_coded, exprs)) and coded_form(Concat(tuple(exprs), 0)) is None:
+        return f"{nodes[0].name}: weights that share its input are stored as codes of different kinds"
     return None
 
 

@@ -205,11 +205,12 @@ def test_a_config_that_transformers_refuses_is_explained(model):
     assert "llama" in error.what
 
 
-def test_a_quantised_checkpoint_is_refused_by_method(model):
-    change_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+def test_a_method_of_quantisation_that_cannot_be_read_is_named(model):
+    change_config(model, quantization_config={"quant_method": "hqq", "bits": 4})
     error = refusal(model)
-    assert error.code == "model.quantised_checkpoint"
-    assert "(gptq)" in error.what
+    assert error.code == "model.quantised_form"
+    assert "(hqq)" in error.what
+    assert "gptq, awq, compressed-tensors, fp8" in error.why
 
 
 def test_a_checkpoint_stored_in_eight_bits_has_no_compute_precision(model):

@@ -32,12 +32,14 @@ def obvious(row, name):
         elif top < 1e-30:
             out[start : start + size] = 0
         else:
-            codes = group * (np.float32(scheme.top) / top)
+            scale = top / np.float32(scheme.top)
             if scheme.codes == "fp8":
-                codes = torch.from_numpy(codes).to(torch.float8_e4m3fn).float().numpy()
+                codes = (
+                    torch.from_numpy(group / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float().numpy()
+                )
             else:
-                codes = np.rint(codes)
-            out[start : start + size] = codes * (top / np.float32(scheme.top))
+                codes = np.rint(group * (np.float32(scheme.top) / top))
+            out[start : start + size] = codes * scale
     return torch.from_numpy(out)
 
 
