@@ -9,18 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .compiler.compare.compare import compare
     from .compiler.driver import compile_model as compile
     from .runtime.llm import LLM
     from .runtime.load import load
     from .runtime.params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__", "compile", "load"]
+__all__ = ["LLM", "SamplingParams", "__version__", "compare", "compile", "load"]
 
 # Public name -> (module that owns it, its name there).
 _EXPORTS = {
     "LLM": (".runtime.llm", "LLM"),
     "SamplingParams": (".runtime.params", "SamplingParams"),
+    "compare": (".compiler.compare.compare", "compare"),
     "compile": (".compiler.driver", "compile_model"),
     "load": (".runtime.load", "load"),
 }

@@ -12,8 +12,10 @@ from .. import __version__
 from .bench import bench
 from .bisect import bisect
 from .cache import cache
+from .compare import compare
 from .compile import compile_command
 from .doctor import doctor
+from .eval import evaluate
 from .failures import run_guarded
 from .generate import generate
 from .inspect import inspect
@@ -60,6 +62,8 @@ def main() -> None:
 _COMMANDS = (
     compile_command,
     cache,
+    compare,
+    evaluate,
     bisect,
     generate,
     serve,

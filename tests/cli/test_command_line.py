@@ -39,6 +39,7 @@ def test_help_lists_every_command_and_no_other():
     expected = {
         "bisect",
         "cache",
+        "compare",
         "compile",
         "generate",
         "serve",

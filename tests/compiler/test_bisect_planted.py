@@ -15,7 +15,7 @@ from llmc.compiler.trace import trace_config
 from llmc.ir.weights import Constant
 from llmc.passes.base import PassContext
 from llmc.passes.graph import argument, calls, set_argument
-from llmc.passes.presets import preset_named
+from llmc.passes.recipes import override, preset_recipe
 from llmc.spec.errors import UsageError
 
 OPS = torch.ops.llmc
@@ -27,10 +27,13 @@ def traced(stories_1m):
     return bind_checkpoint(trace_config(checkpoint.config, dtype=torch.float32), checkpoint)
 
 
+INT4 = override(preset_recipe("int8"), ["rtn.bits=4"]).passes
+
+
 def plant(monkeypatch, name, spoil):
     """Let the pass `name` have its result spoilt by `spoil(graph, weights)`, which gives the node it spoils
     and changed weights. Returns a list that gets the node's name."""
-    kind = next(type(pass_) for pass_ in preset_named("int4").build() if pass_.name == name)
+    kind = next(type(pass_) for pass_ in INT4 if pass_.name == name)
     inner, nodes = kind.run, []
 
     def run(self, program, context):
@@ -144,14 +147,14 @@ NAMES = [
 @pytest.mark.parametrize(("name", "spoil"), PLANTS, ids=NAMES)
 def test_a_planted_bug_is_named(traced, monkeypatch, name, spoil):
     nodes = plant(monkeypatch, name, spoil)
-    verdict = bisect_passes(traced, preset_named("int4").build(), PassContext())
+    verdict = bisect_passes(traced, INT4, PassContext())
     assert verdict.pass_name == name
     assert verdict.suspect is not None
     assert verdict.suspect.node == nodes[0]
 
 
 def test_a_sound_pipeline_is_clean_in_few_runs(traced):
-    passes = preset_named("int4").build()
+    passes = INT4
     verdict = bisect_passes(traced, passes, PassContext())
     assert verdict.is_clean
     assert verdict.runs <= 4 < len(passes)
@@ -159,14 +162,14 @@ def test_a_sound_pipeline_is_clean_in_few_runs(traced):
 
 def test_halving_runs_a_fraction_of_the_programs(traced, monkeypatch):
     plant(monkeypatch, "gated_activation", swapped_gate)
-    verdict = bisect_passes(traced, preset_named("none").build(), PassContext())
+    verdict = bisect_passes(traced, preset_recipe("none").passes, PassContext())
     assert verdict.pass_name == "gated_activation"
     assert verdict.runs <= 7
 
 
 def test_the_reproducer_shows_the_same_pass_on_a_small_model(stories_1m, tmp_path, monkeypatch):
     plant(monkeypatch, "fuse_qkv", swapped_keys_and_queries)
-    found = bisect_model(stories_1m, quant="int4", output=tmp_path / "bug")
+    found = bisect_model(stories_1m, quant="int8", output=tmp_path / "bug")
     assert found.verdict.pass_name == "fuse_qkv"
     assert found.reproducer.reproduces
     told = json.loads((tmp_path / "bug" / "verdict.json").read_text())
@@ -176,9 +179,9 @@ def test_the_reproducer_shows_the_same_pass_on_a_small_model(stories_1m, tmp_pat
     again = bisect_model(tmp_path / "bug" / "model", recipe=tmp_path / "bug" / "recipe.yaml")
     assert again.verdict.pass_name == "fuse_qkv"
     with pytest.raises(UsageError, match="cannot be written"):
-        bisect_model(stories_1m, quant="int4", output=tmp_path / "bug")
+        bisect_model(stories_1m, quant="int8", output=tmp_path / "bug")
 
 
 def test_a_preset_and_a_recipe_are_one_too_many(stories_1m, tmp_path):
     with pytest.raises(UsageError, match="Both a preset and a recipe"):
-        bisect_model(stories_1m, quant="int4", recipe=tmp_path / "recipe.yaml")
+        bisect_model(stories_1m, quant="int8", recipe=tmp_path / "recipe.yaml")

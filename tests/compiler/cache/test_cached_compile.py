@@ -29,7 +29,7 @@ def contents(folder):
 
 def compile_tiny(model, output, **options):
     return compile_model(
-        model, output=output, quant="int4", target="reference", verify="structure", **options
+        model, output=output, quant="int8", target="reference", verify="structure", **options
     )
 
 

@@ -1,0 +1,1 @@
+"""Artifacts side by side: the same work through each, and what differs beyond noise."""

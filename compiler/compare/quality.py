@@ -1,0 +1,122 @@
+"""How each side's logits differ from a reference's, on text: by interpreting what each artifact stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...artifact.reader import Artifact
+from ...artifact.schema import PROGRAM
+from ...codegen.base import backend_for
+from ...ir.document import decode_program
+from ...ir.program import Program
+from ...ir.weights import Reader, WeightStore
+from ...passes.probe import logits_of
+from ..node_values import relative_error, run_nodes
+from ..quality import Quality, compare
+
+_ATTENTION = ("paged_attention",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """Where greedy text leaves the baseline's: prompt and token index, both tokens, and by how much each side
+    prefers its own (logit of its token above that of the other's, given the common text)."""
+
+    prompt: int
+    index: int
+    token: int
+    baseline_token: int
+    gap: float
+    baseline_gap: float
+    continuation: tuple[int, ...]
+    baseline_continuation: tuple[int, ...]
+
+
+def stored_program(artifact: Artifact) -> Program:
+    """The final program of an artifact, its weights read from the files."""
+    document = decode_program(artifact.read_bytes(PROGRAM))
+    manifest = artifact.manifest
+    stored = backend_for(manifest.target).stored_weights(artifact)
+    return Program(
+        graph=document.graph,
+        inputs=document.inputs,
+        weights=WeightStore(dict(stored), {}, Reader()),
+        spec=manifest.spec,
+        facts=document.facts,
+        cache=manifest.cache,
+        memory=manifest.memory,
+        history=manifest.history,
+    )
+
+
+def qualities(
+    programs: Mapping[str, Program], reference: str, sequences: Sequence[Sequence[int]]
+) -> dict[str, Quality]:
+    """`Quality` of each program against `reference`, on token sequences."""
+    expected = logits_of(programs[reference], sequences)
+    return {
+        name: compare(expected, expected if name == reference else logits_of(program, sequences), sequences)
+        for name, program in programs.items()
+    }
+
+
+def layer_errors(
+    programs: Mapping[str, Program], reference: str, sequences: Sequence[Sequence[int]]
+) -> dict[str, tuple[float, ...]]:
+    """The relative error of each attention layer's output against the reference's, and last that of the
+    logits."""
+    expected = _attention_outputs(programs[reference], sequences)
+    return {
+        name: tuple(
+            relative_error(one, other)
+            for one, other in zip(expected, _attention_outputs(program, sequences), strict=True)
+        )
+        for name, program in programs.items()
+    }
+
+
+def _attention_outputs(program: Program, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    run = run_nodes(program, sequences)
+    names = [
+        node.name
+        for node in program.graph.nodes
+        if node.op == "call_function" and any(word in str(node.target) for word in _ATTENTION)
+    ]
+    return [*(run.rows[name] for name in names), run.logits]
+
+
+def first_divergence(
+    side: Program,
+    baseline: Program,
+    prompts: Sequence[tuple[int, ...]],
+    tokens: Mapping[int, tuple[int, ...]],
+    expected: Mapping[int, tuple[int, ...]],
+) -> Divergence | None:
+    """The first token at which greedy texts part, over all prompts in order of index; None where none do."""
+    earliest: tuple[int, int] | None = None
+    for prompt in tokens:
+        pairs = enumerate(zip(tokens[prompt], expected[prompt], strict=False))
+        index = next((index for index, (one, two) in pairs if one != two), None)
+        if index is not None and (earliest is None or index < earliest[1]):
+            earliest = (prompt, index)
+    if earliest is None:
+        return None
+    prompt, index = earliest
+    own, other = tokens[prompt], expected[prompt]
+    common = (*prompts[prompt], *own[:index])
+    with torch.no_grad():
+        ours, theirs = (logits_of(program, [common])[-1] for program in (side, baseline))
+    return Divergence(
+        prompt=prompt,
+        index=index,
+        token=own[index],
+        baseline_token=other[index],
+        gap=float(ours[own[index]] - ours[other[index]]),
+        baseline_gap=float(theirs[other[index]] - theirs[own[index]]),
+        continuation=own[index:],
+        baseline_continuation=other[index:],
+    )

@@ -1,0 +1,171 @@
+"""Real artifacts side by side: the numbers that are asked for, the page, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+
+import pytest
+from click.testing import CliRunner
+
+from llmc.cli.main import main
+from llmc.compiler.compare.compare import CompareRequest, compare
+from llmc.compiler.compare.page import comparison_page
+from llmc.compiler.compare.runner import Facts, Single, WorkerRunner
+from llmc.compiler.compare.sides import SideRequest
+from llmc.compiler.compare.words import ratio_text
+from llmc.compiler.driver import compile_model
+from llmc.spec.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def artifacts(stories_1m, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sides")
+    paths = {}
+    for name, quant in (("plain", None), ("eight", "int8")):
+        paths[name] = folder / f"{name}.llmc"
+        compile_model(stories_1m, output=paths[name], quant=quant, target="reference", verify="off")
+    return paths
+
+
+def request_for(*paths, **changes):
+    sides = SideRequest(paths=tuple(map(str, paths)), recipes=changes.pop("recipes", ()))
+    small = {"num_tokens": 8, "concurrency": 2, "rounds": 2, "num_threads": 1}
+    return CompareRequest(sides=sides, **{**small, **changes})
+
+
+@pytest.fixture(scope="module")
+def found(artifacts):
+    return compare(
+        request_for(artifacts["plain"], artifacts["eight"], price_per_hour=0.36, tpot_limit_s=100.0)
+    )
+
+
+def test_every_column_has_a_number_for_every_side(found):
+    plain, eight = found.rows
+    assert (plain.name, eight.name) == ("plain", "eight")
+    assert plain.values.keys() == eight.values.keys()
+    assert plain.values["kl_mean"] == 0.0
+    assert 0 < eight.values["kl_mean"] < 0.05
+    assert eight.values["size_bytes"] < plain.values["size_bytes"]
+    assert plain.values["cost_per_million"] == pytest.approx(
+        0.36 / 3600 / plain.values["throughput_tokens_per_s"] * 1e6
+    )
+    assert eight.values["goodput_per_s"] > 0
+    assert found.reference == "plain"
+    assert len(eight.layers) == 3
+    assert all(error > 0 for error in eight.layers)
+    assert set(found.pareto) == {"plain", "eight"}
+
+
+def test_the_page_loads_nothing_and_names_every_side(found):
+    page = comparison_page(found)
+
+    class Reader(HTMLParser):
+        tags, links = [], []
+
+        def handle_starttag(self, tag, attrs):
+            self.tags.append(tag)
+            self.links += [value for name, value in attrs if name in ("src", "href")]
+
+    reader = Reader()
+    reader.feed(page)
+    assert not reader.links
+    assert "script" not in reader.tags
+    assert reader.tags.count("svg") >= 5
+    assert "prefers-color-scheme: dark" in page
+    assert "width=device-width" in page
+    assert re.search(r"<th>eight", page)
+    json.dumps(found.as_dict())
+
+
+class SlowedRunner:
+    """A worker whose every token takes a share longer: what a regression of an executor looks like."""
+
+    def __init__(self, side, share):
+        self.inner = WorkerRunner(side.artifact.path, num_threads=1, max_requests=2)
+        self.share = share
+
+    def single(self, prompt, num_tokens):
+        started = time.perf_counter()
+        answer = self.inner.single(prompt, num_tokens)
+        time.sleep((time.perf_counter() - started) * self.share)
+        return Single(answer.ttft_s, answer.tpot_s * (1 + self.share), answer.token_ids)
+
+    def batch(self, prompts, num_tokens):
+        return self.inner.batch(prompts, num_tokens)
+
+    def facts(self):
+        return Facts(1.0, 1, "slowed")
+
+    def close(self):
+        self.inner.close()
+
+
+@pytest.mark.slow
+def test_a_slowdown_of_a_twentieth_is_found(artifacts):
+    sides = iter((0.0, 0.05))
+    result = compare(
+        request_for(artifacts["plain"], artifacts["plain"], rounds=60, budget_s=60.0, num_tokens=16),
+        open_runner=lambda side: SlowedRunner(side, next(sides)),
+    )
+    ratio = result.rows[1].ratios["tpot_s"]
+    assert ratio.low < 1.05 < ratio.high
+    assert ratio.ratio > 1.0
+    assert result.rows[1].divergence is None
+    assert result.seconds < 120
+
+
+def test_sides_of_different_models_are_refused_with_what_differs(artifacts, stories_7m, tmp_path):
+    other = tmp_path / "other.llmc"
+    compile_model(stories_7m, output=other, target="reference", verify="off")
+    with pytest.raises(UsageError, match="They differ in num layers: 2 and 8"):
+        compare(request_for(artifacts["plain"], other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "nobody"}, "The baseline 'nobody' is none of the sides"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"num_tokens": 1}, "num_tokens is 1"),
+        ({"price_per_hour": float("nan")}, "price_per_hour is nan"),
+        ({"recipes": ("int4",)}, "1 recipes were given for 0 models"),
+        ({"num_tokens": 5000}, "5000 tokens do not fit"),
+        ({"prompts": ("",)}, "prompts is 1"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(artifacts, changes, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        compare(request_for(artifacts["plain"], artifacts["eight"], **changes))
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["compare", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--price-per-hour", "cheap"), "--price-per-hour is 'cheap'"),
+        (("--limit", "kl=1"), "The limit 'kl=1' cannot be read"),
+        (("--limit", "ttft=soon"), "--limit is 'soon'"),
+        ((), "There is 1 side to compare"),
+    ],
+)
+def test_the_command_line_refuses_in_three_lines(artifacts, arguments, message):
+    result = run(artifacts["plain"], *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_recipe_with_a_typo_names_the_closest(stories_1m):
+    result = run(stories_1m, "--recipe", "int44", "--recipe", "int8")
+    assert result.exit_code == 2
+    assert "Did you mean" in result.output
+
+
+def test_a_ratio_says_no_difference_where_its_interval_holds_one(found):
+    assert ratio_text(found.rows[0].ratios["tpot_s"]) == "no difference"
