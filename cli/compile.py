@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 )
 @click.option("--recipe", type=click.Path(path_type=Path), help="A YAML recipe in place of a preset.")
 @click.option("--set", "overrides", multiple=True, metavar="PASS.OPTION=VALUE", help="Change an option.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text, JSON lines or chats to calibrate on; default: text that the model writes itself.",
+)
+@click.option("--max-kl", type=float, metavar="X", help="Largest mean KL divergence allowed, in nats.")
 @click.option("--dtype", metavar="D", help="Compute in float32, bfloat16 or float16.")
 @click.option("--kv-dtype", metavar="D", help="Keep the KV cache in this dtype.")
 @click.option("--max-model-len", type=int, metavar="N", help="Longest sequence to compile for, in tokens.")

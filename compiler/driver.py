@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ from ..runtime.memory import available_memory_bytes
 from .bind import bind_checkpoint
 from .cache.recall import recall_check, recall_trace
 from .cache.session import CompileCache
+from .calibrate import calibration_of
+from .calibration import results_folder
 from .checkpoint import Checkpoint, open_checkpoint, parse_dtype
 from .finish import finish_artifact, make_manifest
 from .ledger import Ledger, Progress, Silent
@@ -51,6 +53,8 @@ def compile_model(
     dry_run: bool = False,
     dump_ir: str | Path | None = None,
     cache: bool = True,
+    calibration: str | Path | None = None,
+    max_kl: float | None = None,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CompileResult:
@@ -76,6 +80,8 @@ def compile_model(
         dry_run=dry_run,
         dump_ir=None if dump_ir is None else Path(dump_ir),
         cache=cache,
+        calibration=None if calibration is None else Path(calibration),
+        max_kl=max_kl,
     )
     request.validate()
     with CompileCache(request.cache_config(), clock) as known:
@@ -94,17 +100,30 @@ class _Opened:
 def _compile(request: CompileRequest, ledger: Ledger, cache: CompileCache) -> CompileResult:
     opened = _open(request, ledger)
     bound = _bind(request, opened, ledger, cache)
-    context = _pass_context(request, bound)
-    if request.verify == "numerics" and not request.dry_run:
-        _check_twin(request, opened, bound, context, ledger, cache)
-    with ledger.stage("run passes") as line:
-        compiled = run_pipeline(opened.pipeline, bound, context, request, ledger.progress, cache)
-        known = sum(entry.cached for entry in compiled.passes)
-        line.note = f"{known} of {len(compiled.passes)} known" if known else ""
+    planning = PassContext(target=request.parsed_target, max_model_len=bound.spec.max_context, planning=True)
+    if request.dry_run:
+        compiled = _run_passes(request, opened, bound, planning, ledger, cache)
+        needed = backend_for(request.parsed_target).estimate_bytes(compiled.final, compiled.portable)
+        return _result(request, compiled, ledger, cache, size_bytes=needed, quality=None)
+    with results_folder(request.output_path()) as results:
+        return _make(request, opened, bound, planning, results, ledger, cache)
+
+
+def _make(
+    request: CompileRequest,
+    opened: _Opened,
+    bound: Program,
+    planning: PassContext,
+    results: Path,
+    ledger: Ledger,
+    cache: CompileCache,
+) -> CompileResult:
+    if request.verify == "numerics":
+        _check_twin(request, opened, bound, planning, ledger, cache)
+    context = _calibrated(request, opened, bound, planning, results, ledger)
+    compiled = _run_passes(request, opened, bound, context, ledger, cache)
     backend = backend_for(request.parsed_target)
     needed = backend.estimate_bytes(compiled.final, compiled.portable)
-    if request.dry_run:
-        return _result(request, compiled, ledger, cache, size_bytes=needed, quality=None)
     check_memory(compile_bytes(bound), available_memory_bytes())
     with ArtifactWriter(request.output_path(), force=request.force, needed_bytes=needed) as writer:
         with ledger.stage("write weights"):
@@ -115,10 +134,45 @@ def _compile(request: CompileRequest, ledger: Ledger, cache: CompileCache) -> Co
                 lambda weight: ledger.progress.advance(weight.done_bytes, weight.total_bytes, weight.name),
                 cache=cache.recall_bytes,
             )
-        quality = finish_artifact(request, opened.checkpoint, compiled, writer, ledger)
+        quality = finish_artifact(
+            request, opened.checkpoint, compiled, writer, ledger, calibration=context.calibration
+        )
         with ledger.stage("hash the source and commit"):
             artifact = writer.commit(make_manifest(request, opened.checkpoint, compiled))
     return _result(request, compiled, ledger, cache, size_bytes=artifact.size_bytes, quality=quality)
+
+
+def _calibrated(
+    request: CompileRequest,
+    opened: _Opened,
+    bound: Program,
+    planning: PassContext,
+    results: Path,
+    ledger: Ledger,
+) -> PassContext:
+    with ledger.stage("prepare calibration") as line:
+        folder = opened.checkpoint.folder
+        calibration = calibration_of(
+            request.calibration, opened.pipeline, bound, planning, folder, results, ledger.progress
+        )
+        if calibration.sequences:
+            line.note = f"{calibration.num_tokens} tokens of {calibration.source}"
+    return replace(planning, planning=False, calibration=calibration)
+
+
+def _run_passes(
+    request: CompileRequest,
+    opened: _Opened,
+    bound: Program,
+    context: PassContext,
+    ledger: Ledger,
+    cache: CompileCache,
+) -> Compiled:
+    with ledger.stage("run passes") as line:
+        compiled = run_pipeline(opened.pipeline, bound, context, request, ledger.progress, cache)
+        known = sum(entry.cached for entry in compiled.passes)
+        line.note = f"{known} of {len(compiled.passes)} known" if known else ""
+    return compiled
 
 
 def _open(request: CompileRequest, ledger: Ledger) -> _Opened:
@@ -169,10 +223,6 @@ def _check_twin(
             inputs = ("passes", *model, opened.dtype, pipeline.passes, context)
             known = recall_check(cache, inputs, check_passes) and known
         line.note = "known to pass" if known else ""
-
-
-def _pass_context(request: CompileRequest, program: Program) -> PassContext:
-    return PassContext(target=request.parsed_target, max_model_len=program.spec.max_context)
 
 
 def _result(

@@ -25,14 +25,16 @@ from ..codegen.base import backend_for
 from ..ir.program import Program
 from ..ir.weights import Reader, WeightStore
 from ..passes.base import option_values
+from ..passes.calibration import Calibration
 from ..runtime.tokenizer import Tokenizer
 from ..spec.errors import InternalError
 from .checkpoint import Checkpoint
 from .ledger import Ledger
 from .library_check import check_libraries
+from .onnx_check import check_graph
 from .oracle import make_oracle
 from .pipeline import Compiled, is_small
-from .quality import Quality, measure, probe_prompts
+from .quality import Quality, check_quality, measure, probe_prompts
 from .report import encode_report, report_data
 from .request import CompileRequest
 from .source import source_name
@@ -46,6 +48,8 @@ def finish_artifact(
     compiled: Compiled,
     writer: ArtifactWriter,
     ledger: Ledger,
+    *,
+    calibration: Calibration | None = None,
 ) -> Quality:
     """Write everything that a backend leaves to the driver, and say how good the compiled model is.
 
@@ -61,6 +65,7 @@ def finish_artifact(
         prompts = probe_prompts(tokenizer, compiled.bound)
         judged = compiled.final if is_small(compiled.bound) else compiled.portable
         quality = measure(compiled.bound, as_written(judged, preview), prompts)
+        check_quality(quality, request.kl_limit())
         compiled.bound.weights.reader.close()
     with ledger.stage("make the oracle"):
         oracle = make_oracle(as_written(compiled.final, preview), tokenizer.encode)
@@ -68,11 +73,22 @@ def finish_artifact(
     if preview.manifest.target.kind == "cpu":
         with ledger.stage("check the libraries"):
             check_libraries(writer.preview(preview.manifest), oracle)
+    backend = None
+    if preview.manifest.target.kind == "onnx":
+        with ledger.stage("check the graph"):
+            backend = check_graph(writer.preview(preview.manifest), oracle)
     writer.write_bytes(
         REPORT,
         "report",
         encode_report(
-            report_data(compiled.final, recipe=compiled.pipeline.name, verify=request.verify, quality=quality)
+            report_data(
+                compiled.final,
+                recipe=compiled.pipeline.name,
+                verify=request.verify,
+                quality=quality,
+                calibration=calibration,
+                backend=backend,
+            )
         ),
     )
     return quality

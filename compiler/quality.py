@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ir.program import Program
 from ..passes.probe import logits_of
 from ..runtime.tokenizer import Tokenizer
+from ..spec.errors import CheckFailed
 
 # Everyday text of several kinds, so that both likely and unlikely tokens are met.
 PROBE_TEXTS = (
@@ -103,6 +104,24 @@ def compare(expected: Tensor, found: Tensor, prompts: Sequence[Sequence[int]]) -
         perplexity=_perplexity(torch.cat([band.found_nll for band in bands])),
         reference_perplexity=_perplexity(torch.cat([band.expected_nll for band in bands])),
     )
+
+
+def check_quality(quality: Quality, max_kl: float | None) -> None:
+    """Raises CheckFailed for logits that are not finite, and for a mean KL divergence above `max_kl`."""
+    if not math.isfinite(quality.max_abs) or not math.isfinite(quality.kl_mean):
+        raise CheckFailed(
+            "quality.not_finite",
+            "The compiled model gives logits that are not finite.",
+            f"On {quality.tokens} tokens of the built-in prompts some are NaN or infinite.",
+            "Compile in float32 (--dtype float32), or check the weights (`llmc inspect MODEL`).",
+        )
+    if max_kl is not None and quality.kl_mean > max_kl:
+        raise CheckFailed(
+            "quality.kl",
+            f"The compiled model is too far from the original: mean KL divergence {quality.kl_mean:.3g}.",
+            f"The limit is {max_kl:g}, measured on {quality.tokens} tokens of the built-in prompts.",
+            "Choose a preset with more bits, calibrate on text like the model's own, or raise --max-kl.",
+        )
 
 
 class _Band(NamedTuple):

@@ -10,11 +10,21 @@ import msgspec
 
 from ..ir.program import Program
 from ..passes.bits import bits_per_weight
+from ..passes.calibration import Calibration
+from .onnx_check import BackendQuality
 from .quality import Quality
 
 
-def report_data(program: Program, *, recipe: str, verify: str, quality: Quality) -> dict[str, Any]:
-    """The content of report.json."""
+def report_data(
+    program: Program,
+    *,
+    recipe: str,
+    verify: str,
+    quality: Quality,
+    calibration: Calibration | None = None,
+    backend: BackendQuality | None = None,
+) -> dict[str, Any]:
+    """The content of report.json; `backend` where the target's executor was compared with the reference."""
     return {
         "recipe": recipe,
         "verify": verify,
@@ -26,6 +36,8 @@ def report_data(program: Program, *, recipe: str, verify: str, quality: Quality)
         },
         "memory": _memory(program),
         "quality": quality.as_dict(),
+        "backend": {} if backend is None else asdict(backend),
+        "calibration": _calibration(calibration),
         "passes": [asdict(record) for record in program.history],
         "choices": program.spec.choices,
     }
@@ -35,6 +47,17 @@ def encode_report(data: dict[str, Any]) -> bytes:
     """The bytes of report.json."""
     encoded = msgspec.json.encode(data, order="deterministic")
     return msgspec.json.format(encoded, indent=1) + b"\n"
+
+
+def _calibration(calibration: Calibration | None) -> dict[str, Any]:
+    if calibration is None or not calibration.sequences:
+        return {}
+    return {
+        "source": calibration.source,
+        "sequences": len(calibration.sequences),
+        "tokens": calibration.num_tokens,
+        "sha256": calibration.cache_key(),
+    }
 
 
 def _memory(program: Program) -> dict[str, Any]:

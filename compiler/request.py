@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from ..passes.presets import preset_named
 from ..spec.errors import UsageError
 from ..spec.target import Target, parse_target
 from ..spec.target_options import with_options
@@ -23,7 +24,9 @@ class CompileRequest:
     """The arguments of one compile. `quant` names a preset and `recipe` a YAML file, at most one of them;
     `overrides` are `pass.option=value` and `target.option=value` texts; None for `dtype` and `kv_dtype`
     keeps the checkpoint's own precision. `verify`: `off` checks nothing, `structure` each program's form,
-    `numerics` also each pass's numbers and the model's self-check. `cache` lets results of earlier compiles be reused.
+    `numerics` also each pass's numbers and the model's self-check. `cache` lets results of earlier
+    compiles be reused. `calibration` is a file of text; `max_kl` replaces the preset's limit on the mean KL
+    divergence from the unquantised model.
     """
 
     model: str
@@ -40,6 +43,8 @@ class CompileRequest:
     dry_run: bool = False
     dump_ir: Path | None = None
     cache: bool = True
+    calibration: Path | None = None
+    max_kl: float | None = None
 
     def validate(self) -> None:
         """Raises UsageError for values that cannot be meant, TargetError for an unknown target."""
@@ -54,6 +59,13 @@ class CompileRequest:
                 "A preset is a recipe of its own, so only one of --quant and --recipe can hold.",
                 f"Edit the preset instead: `llmc recipe show {self.quant} > my.yaml`.",
             )
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise UsageError(
+                "usage.max_kl",
+                f"The largest KL divergence allowed is {self.max_kl}.",
+                "It is a number of nats above 0.",
+                "Choose another --max-kl.",
+            )
         if self.max_model_len is not None and self.max_model_len < 1:
             raise UsageError(
                 "usage.max_model_len",
@@ -67,6 +79,13 @@ class CompileRequest:
     def parsed_target(self) -> Target:
         """The target asked for, with its options. UsageError for one that it does not have."""
         return with_options(parse_target(self.target), self.overrides)
+
+    def kl_limit(self) -> float | None:
+        """The largest mean KL divergence from the unquantised model that is let through: the one asked for,
+        else the preset's; None for no limit."""
+        if self.max_kl is not None or self.quant is None:
+            return self.max_kl
+        return preset_named(self.quant).max_kl
 
     def cache_config(self) -> CacheConfig:
         """The compile cache as the environment says, or one that is off."""

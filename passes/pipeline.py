@@ -11,7 +11,10 @@ from .fuse_rope_cache import FuseRopeCache
 from .kv_layout import KvLayout
 from .memory_plan import PlanMemory
 from .paged_attention import PagedAttention
+from .quantize.gptq import Gptq
+from .quantize.keep_codes import KeepCodes
 from .quantize.rtn import Rtn
+from .quantize.scale_search import ScaleSearch
 from .select_kernels import SelectKernels
 
 
@@ -31,9 +34,26 @@ def fuse() -> tuple[Pass, ...]:
     )
 
 
-def quantise(bits: int, group_size: int) -> tuple[Pass, ...]:
+def keep() -> tuple[Pass, ...]:
+    """What is quantised in the checkpoint stays as it is."""
+    return (KeepCodes(),)
+
+
+def round_nearest(bits: int, group_size: int) -> tuple[Pass, ...]:
     """Weights to codes; head and embedding stay at 8 bits, which costs little and keeps the ranking."""
     return (Rtn(bits=bits, group_size=group_size, head_bits=8, embedding_bits=8, expect=1),)
+
+
+def round_searched(bits: int, group_size: int) -> tuple[Pass, ...]:
+    """The same on scales that are searched for by the weights alone."""
+    return (ScaleSearch(bits=bits, group_size=group_size, data=False, expect=1),)
+
+
+def round_calibrated(
+    bits: int, group_size: int, *, symmetric: bool = True, rounds: int = 2
+) -> tuple[Pass, ...]:
+    """The same by what calibration tokens bring to each layer."""
+    return (Gptq(bits=bits, group_size=group_size, symmetric=symmetric, rounds=rounds, expect=1),)
 
 
 def layout() -> tuple[Pass, ...]:
@@ -51,7 +71,11 @@ def plan() -> tuple[Pass, ...]:
     return (SelectKernels(), PlanMemory())
 
 
+def _quantisers() -> tuple[Pass, ...]:
+    return (*round_nearest(4, 32), *round_searched(4, 32), *round_calibrated(4, 32))
+
+
 # Every pass of llmc, in the order above.
 BUILT_IN: tuple[type[Pass], ...] = tuple(
-    type(pass_) for pass_ in (*canonicalise(), *fuse(), *quantise(4, 32), *layout(), *plan())
+    type(pass_) for pass_ in (*canonicalise(), *fuse(), *keep(), *_quantisers(), *layout(), *plan())
 )

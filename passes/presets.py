@@ -8,40 +8,108 @@ from dataclasses import dataclass
 from ..spec.errors import RecipeError
 from .base import Pass
 from .options import closest
-from .pipeline import canonicalise, fuse, layout, plan, quantise
+from .pipeline import (
+    canonicalise,
+    fuse,
+    keep,
+    layout,
+    plan,
+    round_calibrated,
+    round_nearest,
+    round_searched,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """A recipe that llmc brings: its name, what it is good for, and its passes."""
+    """A recipe that llmc brings: its name, what it is good for, and its passes.
+
+    A compile is refused when the mean KL divergence of its logits from the unquantised model's is above
+    `max_kl`, in nats; None lets everything through.
+    """
 
     name: str
     summary: str
     build: Callable[[], tuple[Pass, ...]]
+    max_kl: float | None = None
 
 
 def none() -> tuple[Pass, ...]:
     """The checkpoint's own precision."""
-    return (*canonicalise(), *fuse(), *layout(), *plan())
+    return _with(())
 
 
 def int8() -> tuple[Pass, ...]:
     """8-bit weights in groups of 32."""
-    return (*canonicalise(), *fuse(), *quantise(8, 32), *layout(), *plan())
+    return _with(round_nearest(8, 32))
 
 
 def int4() -> tuple[Pass, ...]:
-    """4-bit weights in groups of 32, head and embedding at 8 bits."""
-    return (*canonicalise(), *fuse(), *quantise(4, 32), *layout(), *plan())
+    """4-bit weights in groups of 32 by GPTQ on searched scales, head and embedding at 8 bits."""
+    return _with(round_calibrated(4, 32))
+
+
+def int4_fast() -> tuple[Pass, ...]:
+    """4-bit weights in groups of 32 on scales searched by the weights alone."""
+    return _with(round_searched(4, 32))
+
+
+def int4_small() -> tuple[Pass, ...]:
+    """4-bit weights in groups of 128 by GPTQ on searched scales."""
+    return _with(round_calibrated(4, 128))
+
+
+def int4_max() -> tuple[Pass, ...]:
+    """4-bit weights with zero points in groups of 32, by more rounds of descent."""
+    return _with(round_calibrated(4, 32, symmetric=False, rounds=6))
+
+
+def int3() -> tuple[Pass, ...]:
+    """3-bit weights in groups of 128 by GPTQ on searched scales."""
+    return _with(round_calibrated(3, 128, rounds=6))
+
+
+def _with(quantisers: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    return (*canonicalise(), *fuse(), *keep(), *quantisers, *layout(), *plan())
 
 
 PRESETS: tuple[Preset, ...] = (
     Preset(name="none", summary="the checkpoint's own precision", build=none),
-    Preset(name="int8", summary="8-bit weights in groups of 32, rounded to nearest", build=int8),
+    Preset(
+        name="int8",
+        summary="hardly told from the original: 8-bit weights, no calibration",
+        build=int8,
+        max_kl=0.05,
+    ),
     Preset(
         name="int4",
-        summary="4-bit weights in groups of 32, head and embedding at 8 bits, rounded to nearest",
+        summary="the one to start with: 4-bit weights in groups of 32, calibrated",
         build=int4,
+        max_kl=0.3,
+    ),
+    Preset(
+        name="int4-fast",
+        summary="when it must not take long: 4-bit weights in groups of 32, no calibration",
+        build=int4_fast,
+        max_kl=0.4,
+    ),
+    Preset(
+        name="int4-small",
+        summary="the fewest bytes that still read well: 4-bit weights in groups of 128, calibrated",
+        build=int4_small,
+        max_kl=0.4,
+    ),
+    Preset(
+        name="int4-max",
+        summary="the best 4-bit weights: groups of 32 with zero points, calibrated longest",
+        build=int4_max,
+        max_kl=0.2,
+    ),
+    Preset(
+        name="int3",
+        summary="when 4 bits do not fit: 3-bit weights in groups of 128, stored in 4 bits, calibrated",
+        build=int3,
+        max_kl=1.0,
     ),
 )
 

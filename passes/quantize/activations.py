@@ -65,7 +65,7 @@ class ActivationStore:
         self._count += 1
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            value.contiguous().view(-1).numpy().tofile(path)
+            write_bytes(value, path)
         except OSError as error:
             path.unlink(missing_ok=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -78,3 +78,8 @@ class ActivationStore:
                 "where it stopped.",
             ) from error
         return path
+
+
+def write_bytes(value: Tensor, path: Path) -> None:
+    """The bytes of a tensor, in row-major order, as a file."""
+    path.write_bytes(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

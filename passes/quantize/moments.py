@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Added to the diagonal, as a part of its mean, for as many rows as columns; half as much for twice as many.
+# Moments of few tokens tell little of what varies together, and codes would be fitted to chance.
+_SHRINKAGE = 0.5
 # Columns of one strip: products below the diagonal are not computed but mirrored.
 _STRIP = 1024
 
@@ -51,11 +54,15 @@ class SecondMoments:
             self._sum_KK[start:stop, start:].addmm_(rows_TK[:, start:stop].T, rows_TK[:, start:])
 
     def gram(self) -> Tensor:
-        """The mean of `x.T @ x` over all rows `[K, K]`; gives the memory away, so it can be asked once."""
+        """The mean of `x.T @ x` over all rows `[K, K]`, shrunk towards a diagonal where rows are few; inputs
+        that were never active stay zero. Gives the memory away, so it can be asked once."""
         gram = self._sum_KK.div_(max(1, self.num_rows))
         width = gram.shape[0]
         for start in range(0, width, _STRIP):
             stop = min(start + _STRIP, width)
             gram[stop:, start:stop] = gram[start:stop, stop:].T
         del self._sum_KK
+        diagonal = gram.diagonal()
+        shrinkage = _SHRINKAGE * width / max(1, self.num_rows)
+        diagonal[diagonal > 0] += shrinkage * float(diagonal.mean())
         return gram

@@ -6,7 +6,8 @@ activations what the store holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -93,10 +94,11 @@ def make_batches(sequences: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:
             used = 0
         groups[-1].append(sequence)
         used += len(sequence)
-    return [_inputs(group) for group in groups]
+    return [packed_inputs(group) for group in groups]
 
 
-def _inputs(group: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def packed_inputs(group: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Graph inputs of one step of whole sequences, logits wanted of every token."""
     tokens = [token for sequence in group for token in sequence]
     return {
         "input_ids": torch.tensor(tokens),
@@ -106,9 +108,14 @@ def _inputs(group: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 
 
 def run_nodes(
-    nodes: Sequence[fx.Node], known: dict[fx.Node, Any], inputs: Mapping[str, Tensor], weight: Any
+    nodes: Sequence[fx.Node],
+    known: Mapping[fx.Node, Any],
+    inputs: Mapping[str, Tensor],
+    weight: Callable[[str], Tensor],
+    faster: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
 ) -> dict[fx.Node, Any]:
-    """The values of `nodes`, with those of `known`; tables of positions are computed where they are read."""
+    """The values of `nodes` in float32, with those of `known`; tables of positions are computed where they
+    are read. `faster` has functions to call in place of operators."""
     values = dict(known)
 
     def value(node: fx.Node) -> Any:
@@ -122,6 +129,8 @@ def run_nodes(
         args: tuple[Any, ...] = fx.map_arg(node.args, value)
         kwargs: dict[str, Any] = fx.map_arg(node.kwargs, value)
         kwargs = {key: torch.float32 if arg in _LOW else arg for key, arg in kwargs.items()}
+        if node.target in faster:
+            return faster[node.target](*args, **kwargs)
         if node.target is LINEAR:
             return F.linear(*args, **kwargs)
         if node.target is ATTENTION and _is_plain(args):

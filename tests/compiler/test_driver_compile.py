@@ -96,7 +96,11 @@ def contents(folder):
 def test_compiling_twice_gives_the_same_bytes(stories_1m, tmp_path):
     for name in ("one", "two"):
         compile_model(
-            stories_1m, output=tmp_path / name / "out.llmc", quant="int4", verify="off", target="reference"
+            stories_1m,
+            output=tmp_path / name / "out.llmc",
+            quant="int4-fast",
+            verify="off",
+            target="reference",
         )
     assert contents(tmp_path / "one" / "out.llmc") == contents(tmp_path / "two" / "out.llmc")
 
@@ -105,10 +109,10 @@ def test_force_replaces_an_artifact(stories_1m, tmp_path):
     output = tmp_path / "out.llmc"
     first = compile_model(stories_1m, output=output, verify="off", target="reference")
     second = compile_model(
-        stories_1m, output=output, quant="int4", force=True, verify="off", target="reference"
+        stories_1m, output=output, quant="int4-fast", force=True, verify="off", target="reference"
     )
     assert second.size_bytes < first.size_bytes
-    assert open_artifact(output).manifest.recipe.name == "int4"
+    assert open_artifact(output).manifest.recipe.name == "int4-fast"
     assert [path.name for path in tmp_path.iterdir()] == ["out.llmc"]
 
 
@@ -229,7 +233,7 @@ def test_odd_shapes_compile_and_generate(shape, stories_1m, tmp_path):
     (expected,) = greedy_of_transformers(model, [prompt], 24)
     assert result.token_ids == expected
     quantised = compile_model(
-        model, output=tmp_path / "int4.llmc", quant="int4", verify="structure", target="reference"
+        model, output=tmp_path / "int4.llmc", quant="int4-fast", verify="structure", target="reference"
     )
     assert quantised.bits_per_weight < 13  # groups that are mostly padding cost bits
     assert quantised.quality.kl_mean < 0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -9,10 +11,11 @@ import transformers
 from llmc.compiler.trace import trace_config
 from llmc.models.families import FAMILIES
 from llmc.passes.base import PassContext
+from llmc.passes.calibration import Calibration
 from llmc.passes.instruments import NumericContract, Verification
 from llmc.passes.manager import run_passes
 from llmc.passes.presets import preset_named
-from llmc.passes.probe import with_random_weights
+from llmc.passes.probe import probe_sequences, with_random_weights
 
 CONTEXT = PassContext(max_tokens=64, max_model_len=64)
 FAST = ("llama3", "deepseek_v2", "gpt_oss")
@@ -20,21 +23,24 @@ SUPPORTED = {family.name: family for family in FAMILIES if family.refused is Non
 
 # What each of these must match, of 4 layers: an architecture that stops matching is slower in silence.
 MATCHES = {
-    "llama3": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "rtn": 17, "fuse_rope_cache": 4},
-    "qwen3": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "rtn": 18, "fuse_rope_cache": 4},
-    "gemma2": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "rtn": 17, "fuse_rope_cache": 4},
+    "llama3": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "gptq": 17, "fuse_rope_cache": 4},
+    "qwen3": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "gptq": 18, "fuse_rope_cache": 4},
+    "gemma2": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "gptq": 17, "fuse_rope_cache": 4},
     "phi": {"fuse_qkv": 4, "fuse_add_norm": 3, "fuse_rope_cache": 4},
-    "gpt2": {"fuse_add_norm": 8, "rtn": 18},
-    "gpt_oss": {"fuse_qkv": 4, "fuse_add_norm": 7, "rtn": 18, "fuse_rope_cache": 4},
-    "deepseek_v2": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "rtn": 32},
+    "gpt2": {"fuse_add_norm": 8, "gptq": 18},
+    "gpt_oss": {"fuse_qkv": 4, "fuse_add_norm": 7, "gptq": 18, "fuse_rope_cache": 4},
+    "deepseek_v2": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "gptq": 32},
 }
 
 
-def compiled(name, preset, dtype):
+def compiled(name, preset, dtype, folder):
     family = SUPPORTED[name]
     config = getattr(transformers, family.config)(**family.options)
     program = with_random_weights(trace_config(config, dtype=dtype), 0)
-    return run_passes(program, preset_named(preset).build(), CONTEXT, [Verification(), NumericContract()])
+    sequences = probe_sequences(program.spec, 7)
+    calibration = Calibration(sequences=sequences, source="random tokens", folder=folder)
+    context = replace(CONTEXT, calibration=calibration)
+    return run_passes(program, preset_named(preset).build(), context, [Verification(), NumericContract()])
 
 
 def names(*, slow):
@@ -43,8 +49,8 @@ def names(*, slow):
 
 
 @pytest.mark.parametrize("name", names(slow=False) + names(slow=True))
-def test_int4_keeps_every_contract(name):
-    done = compiled(name, "int4", torch.float32)
+def test_int4_keeps_every_contract(name, tmp_path):
+    done = compiled(name, "int4", torch.float32, tmp_path)
     matches = {record.name: record.matches for record in done.history}
     for pass_name, expected in MATCHES.get(name, {}).items():
         assert matches[pass_name] == expected, pass_name
@@ -55,5 +61,5 @@ def test_int4_keeps_every_contract(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MATCHES))
 @pytest.mark.parametrize("preset", ["none", "int8"])
-def test_presets_hold_in_bfloat16(name, preset):
-    compiled(name, preset, torch.bfloat16)
+def test_presets_hold_in_bfloat16(name, preset, tmp_path):
+    compiled(name, preset, torch.bfloat16, tmp_path)

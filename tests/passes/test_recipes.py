@@ -82,9 +82,9 @@ def test_any_options_survive_yaml(bits, group_size, symmetric, skip, expect, nam
 
 
 def test_a_request_chooses_preset_overrides_and_cache_dtype():
-    recipe = recipe_for(request(quant="int4", overrides=("rtn.group_size=64",), kv_dtype="bfloat16"))
+    recipe = recipe_for(request(quant="int4", overrides=("gptq.group_size=64",), kv_dtype="bfloat16"))
     by_name = {pass_.name: pass_ for pass_ in recipe.passes}
-    assert (by_name["rtn"].bits, by_name["rtn"].group_size) == (4, 64)
+    assert (by_name["gptq"].bits, by_name["gptq"].group_size) == (4, 64)
     assert by_name["kv_layout"].dtype == "bfloat16"
     assert recipe_for(request()).name == "none"
 
@@ -98,14 +98,14 @@ def test_a_request_reads_a_recipe_file(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "code", "message"),
     [
-        (("rtn.bits",), "recipe.override_form", "pass.option=value"),
+        (("gptq.bits",), "recipe.override_form", "pass.option=value"),
         (("bits=4",), "recipe.override_form", "pass.option=value"),
         (("rnt.bits=4",), "recipe.unknown_pass", "Did you mean rtn?"),
-        (("rtn.bit=4",), "recipe.unknown_option", "Did you mean bits or head_bits?"),
-        (("rtn.bits=5",), "recipe.option_value", "It is one of: 3, 4, 8."),
-        (("rtn.bits=four",), "recipe.option_value", "a whole number"),
-        (("rtn.symmetric=maybe",), "recipe.option_value", "true or false"),
-        (("rtn.min_rows=0",), "recipe.option_value", "at least 1"),
+        (("gptq.bit=4",), "recipe.unknown_option", "Did you mean bits or head_bits?"),
+        (("gptq.bits=5",), "recipe.option_value", "It is one of: 3, 4, 8."),
+        (("gptq.bits=four",), "recipe.option_value", "a whole number"),
+        (("gptq.symmetric=maybe",), "recipe.option_value", "true or false"),
+        (("gptq.min_rows=0",), "recipe.option_value", "at least 1"),
         (("kv_layout.page_tokens=100000",), "recipe.option_value", "at most 4096"),
         (("kv_layout.dtype=bf16",), "recipe.option_value", "auto, float32, bfloat16, float16"),
     ],
@@ -137,7 +137,7 @@ def test_unknown_presets_name_the_closest():
     with pytest.raises(RecipeError, match="no preset 'int5'") as caught:
         preset_recipe("int5")
     assert "int4" in caught.value.fix
-    assert "none, int8, int4" in caught.value.why
+    assert "none, int8, int4, int4-fast" in caught.value.why
 
 
 HEAD = "version: 1\nname: x\npasses:\n"
