@@ -12,6 +12,7 @@ from .output import Output, table, with_output
 _ABOUT = {
     "cpu": "C++ compiled ahead of time for each ISA level; needs no torch to run",
     "cuda": "Triton kernels compiled ahead of time, on any machine; cuda:sm_90 for that architecture alone",
+    "onnx": "graphs for ONNX Runtime GenAI and for llmc, with int4 and int8 weights",
     "reference": "PyTorch on the CPU; slow and obviously right, the oracle of all others",
 }
 

@@ -22,6 +22,8 @@ _BACKENDS = {
     "onnx": ".onnx.backend",
     "reference": ".reference.backend",
 }
+# Library that a backend may miss -> the extra that brings it.
+_EXTRAS = {"onnx_ir": "onnx", "triton": "cuda"}
 
 
 class RecallBytes(Protocol):
@@ -78,7 +80,8 @@ def default_target() -> str:
 
 
 def backend_for(target: Target) -> Backend:
-    """The backend of `target`. Raises TargetError when there is none for its kind."""
+    """The backend of `target`. Raises TargetError when there is none for its kind, or a library it needs is
+    missing."""
     if target.kind not in _BACKENDS:
         raise TargetError(
             "target.no_backend",
@@ -86,5 +89,15 @@ def backend_for(target: Target) -> Backend:
             f"This version of llmc generates code for: {', '.join(_BACKENDS)}.",
             "Choose one of these with --target.",
         )
-    module = import_module(_BACKENDS[target.kind], __package__)
+    try:
+        module = import_module(_BACKENDS[target.kind], __package__)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        raise TargetError(
+            "target.missing_library",
+            f"Generating code for {target.name!r} needs the library {error.name}.",
+            "It is not installed in this environment.",
+            f"Install it with `pip install 'llmc-compiler[{_EXTRAS[error.name]}]'`.",
+        ) from error
     return cast("Backend", module.Backend(target))

@@ -74,7 +74,11 @@ def _as_prompt(token_ids: tuple[int, ...], measured: list[TokenLogprob]) -> Orac
 
 def oracle_problems(executor: Executor, oracle: Oracle) -> list[Problem]:
     """Where the executor's model differs from what `oracle` stored; empty when the oracle holds."""
-    measured = measure_prompts(executor, [prompt.token_ids for prompt in oracle.prompts])
+    return differences(oracle, measure_prompts(executor, [prompt.token_ids for prompt in oracle.prompts]))
+
+
+def differences(oracle: Oracle, measured: Sequence[OraclePrompt]) -> list[Problem]:
+    """Where what was measured on the prompts of `oracle`, as far as they fit, differs from what it stored."""
     problems: list[Problem] = []
     for number, (stored, found) in enumerate(zip(oracle.prompts, measured, strict=True)):
         count = len(found.logprobs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from importlib.util import find_spec
 
 from ...artifact.onnx import (
     GENAI_CONFIG,
@@ -24,7 +25,7 @@ from ...spec.errors import TargetError
 from ...spec.target import Target
 from ..base import RecallBytes, compute_bytes
 from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
-from .forms import code_shifts, packed_zeros, portable_entries, stored_store
+from .forms import chosen_activations, code_shifts, packed_zeros, portable_entries, stored_store
 from .genai import genai_config
 from .graph import OPSET, StoredTensor
 from .lowered import Export, cache_widths, lower, serialize
@@ -47,11 +48,20 @@ class Backend:
 
         Raises TargetError for what ONNX cannot hold: an operator, a scheme, a dtype of the cache.
         """
+        _check_runtime()
         _check_cache(program)
-        shifts, zeros = code_shifts(portable, self.options.contrib), packed_zeros(portable)
+        shifts, zeros = (
+            code_shifts(portable, self.options.contrib),
+            packed_zeros(portable, self.options.contrib),
+        )
         store = stored_store(shared_weights(program, portable), shifts, zeros)
         nowhere = {name: StoredTensor("", 0, store.num_bytes(name)) for name in store}
-        lower(portable, StoredWeights(store, nowhere), Export(contrib=self.options.contrib), {})
+        lower(
+            portable,
+            StoredWeights(store, nowhere),
+            Export(contrib=self.options.contrib, activations=chosen_activations(program)),
+            {},
+        )
         return store.total_bytes + _BESIDE_WEIGHTS_BYTES
 
     def emit(
@@ -68,14 +78,19 @@ class Backend:
         """
         _check_cache(program)
         contrib = self.options.contrib
-        shifts, zeros = code_shifts(portable, contrib), packed_zeros(portable)
+        shifts, zeros = code_shifts(portable, contrib), packed_zeros(portable, contrib)
         store = stored_store(shared_weights(program, portable), shifts, zeros)
         write_programs(program, portable, writer)
         write_weights(store, writer, self.options.file_bytes, progress)
         stored = StoredWeights(store, _places(writer))
         facts = _facts(portable, self.target)
         for path, logits in ((ONNX_MODEL, self.options.logits), (ONNX_ENGINE, "rows")):
-            model = lower(portable, stored, Export(contrib=contrib, logits=logits), facts)
+            model = lower(
+                portable,
+                stored,
+                Export(contrib=contrib, logits=logits, activations=chosen_activations(program)),
+                facts,
+            )
             writer.write_bytes(path, "kernel", serialize(model))
         unit = OnnxUnit(
             opset=OPSET,
@@ -117,6 +132,17 @@ def _facts(program: Program, target: Target) -> dict[str, str]:
         **{f"llmc.option.{name}": str(value).lower() for name, value in target.options.items()},
         **{f"llmc.choice.{name}": value for name, value in spec.choices.items()},
     }
+
+
+def _check_runtime() -> None:
+    """An artifact is held to its oracle before it is committed, which takes ONNX Runtime."""
+    if find_spec("onnxruntime") is None:
+        raise TargetError(
+            "target.missing_library",
+            "The target 'onnx' needs the library onnxruntime.",
+            "What it writes is run once before it is kept.",
+            "Install it with `pip install 'llmc-compiler[onnx]'`.",
+        )
 
 
 def _check_cache(program: Program) -> None:

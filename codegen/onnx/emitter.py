@@ -5,7 +5,7 @@ Holds what lowerings share: values of nodes, sizes, weights, the frame of the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,13 +40,15 @@ DTYPES = {
 
 @dataclass(slots=True)
 class Emitter:
-    """State of one export. `shared` holds what several nodes derive from one value, by a name for it."""
+    """State of one export. `shared` holds what several nodes derive from one value, by a name for it;
+    `activations` how the inputs of products are rounded, by the name of the codes."""
 
     program: Program
     graph: OnnxGraph
     frame: Frame
     stored: StoredWeights
     contrib: bool
+    activations: Mapping[str, str]
     env: dict[fx.Node, Lowered] = field(default_factory=dict[fx.Node, Lowered])
     shared: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
     names: dict[str, str] = field(default_factory=dict[str, str])

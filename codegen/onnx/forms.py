@@ -141,33 +141,65 @@ def check_scheme(scheme: QuantScheme, weight: str) -> None:
     )
 
 
-def stored_shift(scheme: QuantScheme, contrib: bool) -> int:
+def chosen_activations(final: Program) -> dict[str, str]:
+    """How the final program rounds the inputs of its products, by the name of the codes: kernels are chosen
+    after the lay-out stage."""
+    return {
+        str(argument(node, "codes").target): str(argument(node, "activation"))
+        for node in final.graph.nodes
+        if node.target is _LINEAR and argument(node, "activation")
+    }
+
+
+def block_of(scheme: QuantScheme, width: int) -> int:
+    """The group size that a block operator is given for rows of `width`; 0 where none fits. Blocks are powers
+    of two and at least 16; one scale a row becomes equal scales of as many blocks as divide it."""
+    if scheme.group_size:
+        return scheme.group_size
+    block = min(width & -width, _SIZES[-1])
+    return block if block >= _SIZES[0] else 0
+
+
+def _shift_of(scheme: QuantScheme, by_blocks: bool) -> int:
     """What is added to the portable codes of `scheme`: symmetric ones become unsigned around the middle for
-    contrib operators, signed for standard ones; asymmetric ones stay."""
+    block operators, signed for DequantizeLinear; asymmetric ones stay."""
     if not scheme.symmetric:
         return 0
     if scheme.bits == 8:
-        return 128 if contrib else 0
+        return 128 if by_blocks else 0
     middle = 1 << (scheme.bits - 1)
-    return 8 - middle if contrib else -middle
+    return 8 - middle if by_blocks else -middle
 
 
 def code_shifts(program: Program, contrib: bool) -> tuple[CodeShift, ...]:
     """Every tensor of codes that is stored shifted."""
     found: dict[str, CodeShift] = {}
-    for _, parts in quantized_parts(program):
-        shift = stored_shift(parts.scheme, contrib)
+    for node, parts in quantized_parts(program):
+        shift = _shift_of(parts.scheme, contrib and _takes_blocks(node, parts.scheme))
         if shift:
             bits = 8 if parts.scheme.bits == 8 else 4
             found[parts.codes] = CodeShift(name=parts.codes, bits=bits, shift=shift)
     return tuple(found.values())
 
 
-def packed_zeros(program: Program) -> tuple[PackedZeros, ...]:
-    """Every tensor of zero points that is stored two to a byte."""
+def _takes_blocks(node: fx.Node, scheme: QuantScheme) -> bool:
+    """Whether there is a block operator for what `node` computes with a matrix of `scheme`."""
+    return node.target is not _MOE and block_of(scheme, _width(node)) > 0
+
+
+def _width(node: fx.Node) -> int:
+    """Weights in a row of what a linear or a table reads."""
+    if node.target is _EMBEDDING:
+        return int(argument(node, "width"))
+    return int(argument(node, "x").meta["val"].shape[-1])
+
+
+def packed_zeros(program: Program, contrib: bool) -> tuple[PackedZeros, ...]:
+    """Every tensor of zero points that is stored two to a byte, as block operators take them."""
     found: dict[str, PackedZeros] = {}
-    for _, parts in quantized_parts(program):
-        if parts.zeros is not None and parts.scheme.bits != 8:
+    for node, parts in quantized_parts(program):
+        by_blocks = contrib and _takes_blocks(node, parts.scheme)
+        if parts.zeros is not None and parts.scheme.bits != 8 and by_blocks:
             groups = int(program.weights[parts.zeros].shape[-1])
             found[parts.zeros] = PackedZeros(name=parts.zeros, groups=groups)
     return tuple(found.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -19,10 +19,12 @@ from .stored import StoredWeights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """What an ONNX model is made for: `contrib` as in `OnnxOptions`, `logits` as in `frame.Frame`."""
+    """What an ONNX model is made for: `contrib` as in `OnnxOptions`, `logits` as in `frame.Frame`,
+    `activations` as in `emitter.Emitter`."""
 
     contrib: bool = True
     logits: str = "last"
+    activations: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def lower(program: Program, stored: StoredWeights, export: Export, facts: Mapping[str, str]) -> ir.Model:
@@ -33,7 +35,7 @@ def lower(program: Program, stored: StoredWeights, export: Export, facts: Mappin
     graph = OnnxGraph()
     frame = Frame(program.spec, export.contrib, export.logits)
     frame.open(graph)
-    emitter = Emitter(program, graph, frame, stored, export.contrib)
+    emitter = Emitter(program, graph, frame, stored, export.contrib, export.activations)
     outputs = frame.close(graph, emitter.run(lowerings()))
     return graph.finish(outputs, program.spec.architecture, facts)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
+import sympy
 
-from ...spec.quant import parse_activation
+from ...spec.quant import ActivationScheme, parse_activation
 from .emitter import Emitter
-from .forms import Parts
-from .graph import MICROSOFT
+from .forms import Parts, block_of
+from .graph import FLOAT, MICROSOFT
 
-_SMALLEST_BLOCK = 16
+# As `ir.rounded`: groups whose largest magnitude is below this are zero.
+_SMALLEST_INPUT = 1e-30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +31,8 @@ class Matrix:
 
     @property
     def block(self) -> int:
-        """The group size that a block operator is given; 0 where none fits: blocks are powers of two and at
-        least 16, and one scale a row becomes equal scales of as many blocks as divide it."""
-        if self.parts.scheme.group_size:
-            return self.parts.scheme.group_size
-        block = self.width & -self.width
-        return block if block >= _SMALLEST_BLOCK else 0
+        """As `block_of`."""
+        return block_of(self.parts.scheme, self.width)
 
     @property
     def num_blocks(self) -> int:
@@ -93,17 +91,49 @@ def block_rows(emitter: Emitter, ids: ir.Value, matrix: Matrix) -> ir.Value:
     return graph.op("Slice", out, graph.ints(0), graph.ints(matrix.width), graph.ints(-1))
 
 
-def accuracy_of(activation: str, scheme_group: int) -> int:
-    """The accuracy level of MatMulNBits for an activation scheme: 4 multiplies int8 activations, rounded by
-    the weights' groups; 1 float32 ones."""
+def rounds_itself(activation: str, matrix: Matrix) -> bool:
+    """Whether MatMulNBits, at accuracy level 4, rounds its input as `activation` says: to int8, in the blocks
+    of the weights."""
     scheme = parse_activation(activation)
-    if scheme is not None and scheme.codes == "int8" and scheme.group_size == scheme_group:
-        return 4
-    return 1
+    return (
+        scheme is not None and scheme.codes == "int8" and (scheme.group_size or matrix.width) == matrix.block
+    )
+
+
+def rounded(emitter: Emitter, x: ir.Value, width: int, activation: str, scale: ir.Value | None) -> ir.Value:
+    """`x[..., width]` rounded to codes of an activation scheme and back, as `ir.rounded` does."""
+    scheme = parse_activation(activation)
+    if scheme is None:
+        return x
+    graph, top = emitter.graph, emitter.graph.number(scheme.top)
+    if scale is not None:
+        return graph.op("Mul", _coded(emitter, graph.op("Div", x, scale), scheme), scale)
+    size = scheme.group_size or width
+    missing = -width % size
+    if missing:
+        x = graph.op("Pad", x, graph.ints(0, missing), graph.number(0.0), graph.ints(-1))
+    groups = graph.op("Reshape", x, graph.ints(-1, (width + missing) // size, size))
+    largest = graph.op("ReduceMax", graph.op("Abs", groups), graph.ints(-1), keepdims=1)
+    tiny = graph.op("Less", largest, graph.number(_SMALLEST_INPUT))
+    factor = graph.op("Where", tiny, graph.number(0.0), graph.op("Div", top, largest))
+    back = graph.op("Where", tiny, graph.number(0.0), graph.op("Div", largest, top))
+    values = graph.op("Mul", _coded(emitter, graph.op("Mul", groups, factor), scheme), back)
+    flat = graph.op("Reshape", values, graph.ints(-1, width + missing))
+    return graph.op("Slice", flat, graph.ints(0), graph.ints(width), graph.ints(1)) if missing else flat
+
+
+def _coded(emitter: Emitter, scaled: ir.Value, scheme: ActivationScheme) -> ir.Value:
+    graph = emitter.graph
+    if scheme.codes != "fp8":
+        return graph.op("Round", scaled)
+    top = graph.number(scheme.top)
+    clamped = graph.op("Min", graph.op("Max", scaled, graph.number(-scheme.top)), top)
+    return graph.cast(graph.cast(clamped, ir.DataType.FLOAT8E4M3FN), FLOAT)
 
 
 def dequantized(emitter: Emitter, matrix: Matrix, rows: ir.Value | None = None) -> ir.Value:
-    """The matrix (or its rows `rows`) as float32 `[rows, width]` by DequantizeLinear."""
+    """The matrix (or its rows `rows`) as float32 `[rows, width]` by DequantizeLinear, which takes
+    symmetric codes signed: no block operator reads this matrix."""
     graph, scheme = emitter.graph, matrix.parts.scheme
     groups = emitter.stored.shape(matrix.parts.scales)[-1]
     signed = matrix.parts.zeros is None
@@ -111,11 +141,13 @@ def dequantized(emitter: Emitter, matrix: Matrix, rows: ir.Value | None = None) 
     dtype = {(4, True): ir.DataType.INT4, (4, False): ir.DataType.UINT4,
              (8, True): ir.DataType.INT8, (8, False): ir.DataType.UINT8}[matrix.bits, signed]  # fmt: skip
     codes = emitter.stored.raw(graph, matrix.parts.codes, dtype=dtype, shape=(matrix.rows, stored))
-    scales = emitter.stored.plain(graph, matrix.parts.scales)
+    scales = emitter.reshape(
+        emitter.stored.plain(graph, matrix.parts.scales), (sympy.Integer(matrix.rows), sympy.Integer(groups))
+    )
     zeros = None
     if matrix.parts.zeros is not None:
-        zero_dtype = ir.DataType.UINT4 if matrix.bits == 4 else ir.DataType.UINT8
-        zeros = emitter.stored.raw(graph, matrix.parts.zeros, dtype=zero_dtype, shape=(matrix.rows, groups))
+        zeros = emitter.stored.raw(graph, matrix.parts.zeros, shape=(matrix.rows, groups))
+        zeros = graph.cached_cast(zeros, dtype) if matrix.bits == 4 else zeros
     if rows is not None:
         codes, scales = (graph.op("Gather", part, rows, axis=0) for part in (codes, scales))
         zeros = None if zeros is None else graph.op("Gather", zeros, rows, axis=0)

@@ -1,6 +1,6 @@
-"""Where the pages of block tables lie when every sequence has a buffer of its own, a slot, as the attention
-operators of ONNX want it: in the slot that wrote them, or in a store of pages once that slot was given to another
-sequence. Decides what must be copied before a step; moves nothing and knows no tensors."""
+"""Where pages of block tables lie when every sequence has a buffer of its own, a slot, as ONNX's attention wants
+it: in the slot that wrote them, or in a store of pages once that slot was given to another sequence.
+Decides what must be copied before a step; moves nothing and knows no tensors."""
 
 from __future__ import annotations
 
@@ -67,6 +67,8 @@ class SlotBook:
             slot = self._oldest()
             moves += self._evict(slot)
             moves += self._fill(slot, tables, start)
+        else:
+            moves += self._part_with(slot, tables, start)
         self._slots[slot].last_step = self._step
         self._write(slot, tables, start, stop)
         return slot, moves
@@ -116,16 +118,32 @@ class SlotBook:
     def _evict(self, index: int) -> list[Move]:
         """Empty a slot: what lies nowhere else goes to the store."""
         moves: list[Move] = []
-        slot = self._slots[index]
-        for group, held in enumerate(slot.held):
-            for block, (page, begun) in held.items():
-                place = Place(index, block)
-                if self._places[group].get(page) == place and self._begun[group][page] == begun:
-                    target = Place(-1, page)
-                    self._places[group][page] = target
-                    moves.append(Move(group, place, target))
-            held.clear()
+        for group, held in enumerate(self._slots[index].held):
+            for block in list(held):
+                moves += self._save(group, index, block)
         return moves
+
+    def _part_with(self, index: int, tables: Sequence[Sequence[int]], start: int) -> list[Move]:
+        """Save what follows `start` in a slot and is not the sequence's own: a longer text whose beginning it
+        shares lay there before."""
+        moves: list[Move] = []
+        for group, table in enumerate(tables):
+            held = self._slots[index].held[group]
+            block = -(-start // self.page_tokens[group])
+            while block in held:
+                if block >= len(table) or held[block][0] != table[block]:
+                    moves += self._save(group, index, block)
+                block += 1
+        return moves
+
+    def _save(self, group: int, index: int, block: int) -> list[Move]:
+        """Let a slot forget a block; where its page lies nowhere else, it goes to the store."""
+        page, begun = self._slots[index].held[group].pop(block)
+        place, target = Place(index, block), Place(-1, page)
+        if self._places[group].get(page) != place or self._begun[group][page] != begun:
+            return []
+        self._places[group][page] = target
+        return [Move(group, place, target)]
 
     def _fill(self, index: int, tables: Sequence[Sequence[int]], start: int) -> list[Move]:
         """Bring the pages before `start` into an empty slot, which holds copies of them from then on."""

@@ -8,18 +8,21 @@ from typing import Any
 import onnx_ir as ir
 from torch import fx
 
-from ....ir.arguments import argument
+from ....ir.arguments import argument, argument_names
 from ..emitter import Emitter, Lowering
 from ..forms import parts_of
 from ..graph import BOOL, FLOAT, INT64
-from ..quantized import Matrix, dequantized
+from ..quantized import Matrix, dequantized, rounded
 from .elementwise import activation
 
 
 class _Mixture:
     """One mixture: its inputs as values, and the settings of an expert."""
 
-    def __init__(self, emitter: Emitter, node: fx.Node, gate_up: ir.Value, down: ir.Value) -> None:
+    def __init__(
+        self, emitter: Emitter, node: fx.Node, gate_up: ir.Value, down: ir.Value, inner: int
+    ) -> None:
+        self.width, self.inner = int(node.meta["val"].shape[-1]), inner
         self.x, self.weights = (emitter.value(argument(node, name)) for name in ("x", "expert_weights"))
         self.ids = emitter.operand(argument(node, "expert_ids"), INT64)
         self.gate_up, self.down = gate_up, down
@@ -27,6 +30,8 @@ class _Mixture:
         self.down_bias = emitter.optional(argument(node, "down_bias"))
         self.activation = str(argument(node, "activation"))
         self.interleaved = bool(argument(node, "interleaved"))
+        names = argument_names(node)
+        self.rounding = str(argument(node, "activation_scheme")) if "activation_scheme" in names else ""
         self.alpha, self.limit = float(argument(node, "alpha")), float(argument(node, "limit"))
 
 
@@ -34,7 +39,9 @@ def _moe(emitter: Emitter, node: fx.Node) -> ir.Value:
     matrices: list[Any] = [argument(node, name) for name in ("gate_up", "down")]
     num_experts = int(matrices[0].meta["val"].shape[0])
     gate_up, down = (emitter.value(matrix) for matrix in matrices)
-    return _loop(emitter, _Mixture(emitter, node, gate_up, down), num_experts)
+    return _loop(
+        emitter, _Mixture(emitter, node, gate_up, down, int(matrices[1].meta["val"].shape[2])), num_experts
+    )
 
 
 def _quantized_moe(emitter: Emitter, node: fx.Node) -> ir.Value:
@@ -46,7 +53,7 @@ def _quantized_moe(emitter: Emitter, node: fx.Node) -> ir.Value:
     rows = int(down_codes.meta["val"].shape[1])
     gate_up = _stack(emitter, node, "gate_up", experts, wide, int(x.meta["val"].shape[-1]))
     down = _stack(emitter, node, "down", experts, rows, inner)
-    return _loop(emitter, _Mixture(emitter, node, gate_up, down), experts)
+    return _loop(emitter, _Mixture(emitter, node, gate_up, down, inner), experts)
 
 
 def _stack(emitter: Emitter, node: fx.Node, name: str, experts: int, rows: int, width: int) -> ir.Value:
@@ -113,7 +120,9 @@ def _expert(emitter: Emitter, mixture: _Mixture, index: ir.Value, x: ir.Value) -
         bias = None if biases is None else graph.op("Gather", biases, index, axis=0)
         return graph.ops("Gemm", (value, weight, bias), 1, transB=1)[0]
 
+    x = rounded(emitter, x, mixture.width, mixture.rounding, None)
     hidden = _activated(emitter, mixture, product(x, mixture.gate_up, mixture.gate_up_bias))
+    hidden = rounded(emitter, hidden, mixture.inner, mixture.rounding, None)
     return product(hidden, mixture.down, mixture.down_bias)
 
 

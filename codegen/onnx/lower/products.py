@@ -11,21 +11,23 @@ from ....ir.arguments import argument
 from ..emitter import Emitter, Lowering
 from ..forms import parts_of
 from ..graph import FLOAT, INT64
-from ..quantized import Matrix, accuracy_of, block_linear, block_rows, dequantized
+from ..quantized import Matrix, block_linear, block_rows, dequantized, rounded, rounds_itself
 
 
 def _linear(emitter: Emitter, node: fx.Node) -> ir.Value:
-    bias = emitter.optional(argument(node, "bias"))
-    return _product(emitter, node, emitter.value(node.args[1]), bias)
-
-
-def _product(emitter: Emitter, node: fx.Node, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """`x @ weight.T + bias` over all leading dimensions of x at once."""
     source: Any = node.args[0]
-    value = emitter.operand(source, FLOAT)
+    bias = emitter.optional(argument(node, "bias"))
+    return product(emitter, node, emitter.operand(source, FLOAT), emitter.value(node.args[1]), bias)
+
+
+def product(
+    emitter: Emitter, node: fx.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None
+) -> ir.Value:
+    """`x @ weight.T + bias` in the shape of `node`, over all leading dimensions of x at once."""
+    source: Any = node.args[0]
     if len(source.meta["val"].shape) == 2:
-        return emitter.graph.ops("Gemm", (value, weight, bias), 1, transB=1)[0]
-    flat = emitter.graph.reshape(value, emitter.graph.ints(-1, int(source.meta["val"].shape[-1])))
+        return emitter.graph.ops("Gemm", (x, weight, bias), 1, transB=1)[0]
+    flat = emitter.graph.reshape(x, emitter.graph.ints(-1, int(source.meta["val"].shape[-1])))
     out = emitter.graph.ops("Gemm", (flat, weight, bias), 1, transB=1)[0]
     return emitter.reshape(out, emitter.shape_of(node))
 
@@ -34,10 +36,16 @@ def _quantized_linear(emitter: Emitter, node: fx.Node) -> ir.Value:
     source: Any = node.args[0]
     matrix = _matrix(node, int(node.meta["val"].shape[-1]), int(source.meta["val"].shape[-1]))
     bias = emitter.optional(argument(node, "bias"))
-    if not emitter.contrib or not matrix.block:
-        return _product(emitter, node, _dequantized(emitter, matrix), bias)
-    accuracy = accuracy_of(str(argument(node, "activation")), matrix.parts.scheme.group_size or matrix.width)
-    return block_linear(emitter, emitter.value(source), matrix, bias, accuracy)
+    x = emitter.operand(source, FLOAT)
+    activation = str(argument(node, "activation")) or emitter.activations.get(matrix.parts.codes, "")
+    by_blocks = emitter.contrib and matrix.block > 0
+    if by_blocks and rounds_itself(activation, matrix):
+        return block_linear(emitter, x, matrix, bias, accuracy=4)
+    scale = emitter.optional(argument(node, "activation_scale"))
+    x = rounded(emitter, x, matrix.width, activation, scale)
+    if by_blocks:
+        return block_linear(emitter, x, matrix, bias, accuracy=1)
+    return product(emitter, node, x, _dequantized(emitter, matrix), bias)
 
 
 def _matrix(node: fx.Node, rows: int, width: int) -> Matrix:
