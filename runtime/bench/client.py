@@ -39,7 +39,8 @@ class Endpoint:
 @dataclass(slots=True, kw_only=True)
 class Sample:
     """What became of one request. Seconds since the run's start: when it was due, when it was sent, when
-    each of its events came. `error` is set where it did not end well; `status` is HTTP's, 0 without one."""
+    each of its events came. `error` is set where it did not end well; `status` is HTTP's, 0 without one;
+    `retry_after_s` is what a refusal advised."""
 
     scheduled_s: float
     sent_s: float = 0.0
@@ -48,6 +49,7 @@ class Sample:
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     status: int = 0
+    retry_after_s: float | None = None
     error: str | None = None
 
     @property
@@ -120,6 +122,8 @@ async def _exchange(endpoint: Endpoint, ask: Ask, started_s: float, sample: Samp
         writer.write(_request(endpoint, ask, parts.path.rstrip("/"), parts.netloc))
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         sample.status = int(head.split(" ", 2)[1])
+        _, found, advice = head.partition("\r\nretry-after: ")
+        sample.retry_after_s = float(advice.split("\r\n")[0]) if found else None
         body = _chunks(reader) if "transfer-encoding: chunked" in head else _rest(reader)
         if sample.status != 200:
             text = b"".join([part async for part in body])
