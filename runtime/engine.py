@@ -9,10 +9,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..spec.errors import InternalError, UsageError
+from ..spec.errors import InternalError
 from .admission import check_request, make_limits
 from .blocks import BlockManager
 from .config import RuntimeConfig
+from .draft_policy import SpeculationCosts
 from .order import make_order
 from .protocol import Executor, RowDiff, RowResult, Ticket, TokenLogprob
 from .request import (
@@ -26,7 +27,7 @@ from .request import (
     preempt,
 )
 from .scheduler import Chunk, Decision, Limits, Scheduler
-from .speculation import DraftProposer, NgramProposer, Proposer
+from .speculation import Speculator, make_speculator
 from .step import Step, build_plan, check_result, describe, row_entry
 
 Clock = Callable[[], float]
@@ -67,7 +68,13 @@ class Engine:
     """
 
     def __init__(
-        self, executor: Executor, config: RuntimeConfig | None = None, clock: Clock = time.monotonic
+        self,
+        executor: Executor,
+        config: RuntimeConfig | None = None,
+        clock: Clock = time.monotonic,
+        *,
+        costs: SpeculationCosts | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self.config = config or RuntimeConfig()
         self.config.validate()
@@ -76,13 +83,13 @@ class Engine:
         caps = executor.caps
         self.blocks = BlockManager(caps.cache, caps.num_blocks, self.config.prefix_cache)
         self.limits = make_limits(self.config, caps, self.blocks.max_sequence_tokens)
-        self._proposer = _make_proposer(self.config, executor)
+        self._speculator = speculator or make_speculator(self.config, executor, costs)
         self._scheduler = Scheduler(
             self.blocks,
             Limits(
                 max_rows=self.limits.max_requests,
                 max_step_tokens=self.limits.max_step_tokens,
-                run_ahead=self._proposer is None,
+                run_ahead=self._speculator is None,
             ),
             make_order(self.config.order),
         )
@@ -179,7 +186,7 @@ class Engine:
             drafts = self._drafts()
         except Exception as error:  # noqa: BLE001 - a failing draft model must not fail any request
             self.stats.speculation_error = describe(error)
-            self._proposer = None
+            self._speculator = None
             drafts = {}
         running = list(self._running.values())
         decision = self._scheduler.plan(
@@ -206,15 +213,14 @@ class Engine:
         return True
 
     def _drafts(self) -> dict[RunningRequest, tuple[int, ...]]:
-        if self._proposer is None:
+        if self._speculator is None:
             return {}
         ready = [
             request
             for request in self._running.values()
             if not request.num_pending and len(request.token_ids) - request.num_scheduled == 1
         ]
-        drafts = self._proposer.propose(ready, self.config.draft_tokens)
-        return {request: _usable(request, draft_ids) for request, draft_ids in drafts.items()}
+        return self._speculator.propose(ready)
 
     def _reserve(self, decision: Decision) -> Step:
         """Takes rows and pages for the decision. Cached prefixes are held before any page is handed out,
@@ -325,6 +331,8 @@ class Engine:
 
     def _count_drafts(self, num_drafted: int, num_accepted: int) -> None:
         stats = self.stats
+        if self._speculator is not None:
+            self._speculator.observe(num_drafted, num_accepted)
         while len(stats.drafted_at) < num_drafted:
             stats.drafted_at.append(0)
             stats.accepted_at.append(0)
@@ -346,8 +354,8 @@ class Engine:
         self.blocks.close(request.blocks)
         heapq.heappush(self._rows, request.row)
         self._leaving.append(request.row)
-        if self._proposer is not None:
-            self._proposer.forget(request_id)
+        if self._speculator is not None:
+            self._speculator.forget(request_id)
 
     def _end(
         self,
@@ -399,26 +407,3 @@ class Engine:
         if self._leaving and not self._in_flight:
             self._executor.apply(RowDiff(leave=tuple(self._leaving)))
             self._leaving.clear()
-
-
-def _usable(request: RunningRequest, draft_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """Drafts within the token limit, up to the first that the request's grammar does not allow."""
-    draft_ids = draft_ids[: request.request.max_tokens - request.num_generated - 1]
-    if request.grammar is not None:
-        return draft_ids[: request.grammar.count_allowed(draft_ids)]
-    return draft_ids
-
-
-def _make_proposer(config: RuntimeConfig, executor: Executor) -> Proposer | None:
-    if config.speculation == "ngram":
-        return NgramProposer(config.ngram_min, config.ngram_max)
-    if config.speculation == "draft":
-        if not executor.caps.can_propose:
-            raise UsageError(
-                "runtime.no_draft_model",
-                f"The executor {executor.caps.name} has no draft model.",
-                "Speculation was set to draft, which needs one.",
-                "Load a draft artifact, or choose ngram or none.",
-            )
-        return DraftProposer(executor)
-    return None

@@ -43,10 +43,6 @@ class GrammarState(Protocol):
         """How many of `draft_ids` may follow one after the other."""
         ...
 
-    def forced(self) -> tuple[int, ...]:
-        """Tokens that spell what must follow; an answer may come in other tokens of the same text."""
-        ...
-
     def accept(self, token_id: int) -> None:
         """The answer goes on with `token_id`."""
         ...

@@ -109,9 +109,6 @@ class LlguidanceState:
     def count_allowed(self, draft_ids: Sequence[int]) -> int:
         return int(self._matcher.validate_tokens(list(draft_ids)))
 
-    def forced(self) -> tuple[int, ...]:
-        return tuple(self._matcher.compute_ff_tokens())
-
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)
         self._is_over = bool(self._matcher.is_stopped()) and not self._matcher.is_error()

@@ -17,6 +17,7 @@ from ..spec.model import ModelSpec
 from .admission import EngineLimits, check_prompt, check_request
 from .collector import Collector
 from .config import RuntimeConfig
+from .draft_policy import SpeculationCosts
 from .engine import Engine
 from .grammar import Grammar
 from .grammar_compiler import GrammarCompiler
@@ -40,7 +41,8 @@ class LLM:
     beginning-of-text token would make it one token long: send that token's id to generate from nothing.
     Without `params`, the model's own generation defaults hold, and output goes up to the context length.
 
-    All methods may be called from any thread. `draw_seed` gives the seed of a request that has none.
+    All methods may be called from any thread. `draw_seed` gives the seed of a request that has none; `costs`
+    decide when speculation pays, and without them it always drafts.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class LLM:
         spec: ModelSpec,
         config: RuntimeConfig | None = None,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
+        costs: SpeculationCosts | None = None,
     ) -> None:
-        self.engine = Engine(executor, config)
+        self.engine = Engine(executor, config, costs=costs)
         self._executor_name = executor.caps.name
         self.tokenizer = tokenizer
         self.spec = spec

@@ -1,17 +1,24 @@
-"""Where drafts come from: the text so far, or the executor's draft model. A draft may be anything; what is
-accepted is decided where tokens are sampled, so nothing here can change an output."""
+"""Where drafts come from, the text so far or the executor's draft model, and how many are worth it. What
+is accepted is decided where tokens are sampled: nothing here can change an output."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
+from ..spec.errors import UsageError
+from .config import RuntimeConfig
+from .draft_policy import DraftPolicy, SpeculationCosts
 from .protocol import Executor
 from .request import RunningRequest
 
 
 class Proposer(Protocol):
-    """Proposes up to `k` tokens for each request; a request it has no idea for is left out."""
+    """Proposes up to `k` tokens for each request; a request it has no idea for is left out. Where proposing
+    `is_free`, how many drafts to verify is decided when they are there."""
+
+    @property
+    def is_free(self) -> bool: ...
 
     def propose(
         self, requests: Sequence[RunningRequest], k: int
@@ -64,6 +71,10 @@ class NgramProposer:
         self._max_n = max_n
         self._indexes: dict[int, NgramIndex] = {}
 
+    @property
+    def is_free(self) -> bool:
+        return True
+
     def propose(self, requests: Sequence[RunningRequest], k: int) -> dict[RunningRequest, tuple[int, ...]]:
         drafts: dict[RunningRequest, tuple[int, ...]] = {}
         for request in requests:
@@ -86,6 +97,10 @@ class DraftProposer:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
 
+    @property
+    def is_free(self) -> bool:
+        return False
+
     def propose(self, requests: Sequence[RunningRequest], k: int) -> dict[RunningRequest, tuple[int, ...]]:
         if not requests:
             return {}
@@ -98,3 +113,60 @@ class DraftProposer:
 
     def forget(self, request_id: int) -> None:
         """Rows tell the executor all it needs."""
+
+
+class Speculator:
+    """Drafts for the requests of the next step, as many as the policy finds worth their time."""
+
+    def __init__(self, proposer: Proposer, policy: DraftPolicy) -> None:
+        self._proposer = proposer
+        self._policy = policy
+
+    def propose(self, requests: Sequence[RunningRequest]) -> dict[RunningRequest, tuple[int, ...]]:
+        """Drafts behind the tokens of some of `requests`, each of which has one token to compute."""
+        proposer, policy = self._proposer, self._policy
+        if not proposer.is_free:
+            count = policy.choose(len(requests))
+            return _usable(proposer.propose(requests, count)) if count else {}
+        drafts = _usable(proposer.propose(requests, policy.most))
+        count = policy.choose(len(requests), tuple(map(len, drafts.values())))
+        return {request: draft_ids[:count] for request, draft_ids in drafts.items()} if count else {}
+
+    def observe(self, num_drafted: int, num_accepted: int) -> None:
+        """Of `num_drafted` drafts of one request the first `num_accepted` were accepted."""
+        self._policy.acceptance.observe(num_drafted, num_accepted)
+
+    def forget(self, request_id: int) -> None:
+        """The request ended or lost its row."""
+        self._proposer.forget(request_id)
+
+
+def make_speculator(
+    config: RuntimeConfig, executor: Executor, costs: SpeculationCosts | None
+) -> Speculator | None:
+    """What `config.speculation` asks for. UsageError for a draft model that the executor does not have."""
+    if config.speculation == "none":
+        return None
+    policy = DraftPolicy(config.draft_tokens, costs)
+    if config.speculation == "ngram":
+        return Speculator(NgramProposer(config.ngram_min, config.ngram_max), policy)
+    if not executor.caps.can_propose:
+        raise UsageError(
+            "runtime.no_draft_model",
+            f"The executor {executor.caps.name} has no draft model.",
+            "Speculation was set to draft, which needs one.",
+            "Load a draft artifact, or choose ngram or none.",
+        )
+    return Speculator(DraftProposer(executor), policy)
+
+
+def _usable(drafts: dict[RunningRequest, tuple[int, ...]]) -> dict[RunningRequest, tuple[int, ...]]:
+    """Drafts within each request's token limit, up to the first that its grammar does not allow."""
+    usable: dict[RunningRequest, tuple[int, ...]] = {}
+    for request, draft_ids in drafts.items():
+        kept = draft_ids[: request.request.max_tokens - request.num_generated - 1]
+        if request.grammar is not None:
+            kept = kept[: request.grammar.count_allowed(kept)]
+        if kept:
+            usable[request] = kept
+    return usable

@@ -4,6 +4,7 @@ Knows the executor protocol; what a step computes and samples is the model's."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +29,20 @@ class StepModel(Protocol):
 
     def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
         """Copies physical pages within their groups, in order."""
+        ...
+
+    def close(self) -> None:
+        """Releases everything. Idempotent."""
+        ...
+
+
+class DraftModel(Protocol):
+    """What proposes tokens for rows, and is told who enters and leaves them."""
+
+    def apply(self, diff: RowDiff) -> None: ...
+
+    def propose(self, known: Sequence[tuple[int, Sequence[int]]], k: int) -> tuple[tuple[int, ...], ...]:
+        """Up to `k` tokens behind each (row, its tokens)."""
         ...
 
     def close(self) -> None:
@@ -80,12 +95,26 @@ class SteppedExecutor:
         self._done: dict[Ticket, StepResult] = {}
         self._num_tickets = 0
         self._is_open = True
+        self._draft_model: DraftModel | None = None
 
     @property
     def caps(self) -> ExecutorCaps:
         return self._caps
 
+    @property
+    def model(self) -> StepModel:
+        """What computes its steps."""
+        return self._model
+
+    def attach(self, draft_model: DraftModel) -> None:
+        """Proposes with `draft_model` from now on, and closes it with itself. Before the first row enters."""
+        _expect(not self._rows, "a draft model comes after the first row")
+        self._draft_model = draft_model
+        self._caps = replace(self._caps, can_propose=True)
+
     def apply(self, diff: RowDiff) -> None:
+        if self._draft_model is not None:
+            self._draft_model.apply(diff)
         for row in diff.leave:
             self._rows.pop(row, None)
         for entry in diff.enter:
@@ -113,16 +142,21 @@ class SteppedExecutor:
         return self._done.pop(ticket)
 
     def propose(self, rows: Sequence[int], k: int) -> Drafts:
-        raise InternalError(
-            "runtime.no_draft_model",
-            f"The {self._caps.name} executor was asked for drafts.",
-            "It has no draft model, and says so in its capabilities.",
-            "Report this with the runtime settings that led to it.",
-        )
+        if self._draft_model is None:
+            raise InternalError(
+                "runtime.no_draft_model",
+                f"The {self._caps.name} executor was asked for drafts.",
+                "It has no draft model, and says so in its capabilities.",
+                "Report this with the runtime settings that led to it.",
+            )
+        known = [(row, self._row(row).token_ids) for row in rows]
+        return Drafts(token_ids=self._draft_model.propose(known, k))
 
     def close(self) -> None:
         if self._is_open:
             self._model.close()
+            if self._draft_model is not None:
+                self._draft_model.close()
         self._is_open = False
         self._rows.clear()
         self._done.clear()
@@ -138,7 +172,7 @@ def _split_masks(plan: StepPlan) -> list[Mask | None]:
         return [None] * len(plan.segments)
     sizes = [1 + len(segment.draft_ids) for segment in plan.segments]
     _expect(len(plan.grammar_mask) == sum(sizes), "the grammar mask has another number of rows than samples")
-    return list(np.split(plan.grammar_mask, np.cumsum(sizes)[:-1]))
+    return plan.masks()
 
 
 def _expect(holds: bool, what: str) -> None:

@@ -1,0 +1,107 @@
+"""When drafting pays: arithmetic over costs and acceptance, without an engine."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmc.runtime.draft_policy import (
+    MARGIN,
+    PROBE_STEPS,
+    Acceptance,
+    Curve,
+    DraftPolicy,
+    SpeculationCosts,
+)
+
+pytestmark = pytest.mark.pure
+
+# A step bound by reading weights: eight tokens cost little more than one.
+BOUND = SpeculationCosts(
+    decode=Curve(((1, 1.0), (8, 1.2), (32, 3.0))),
+    verify=Curve(((1, 1.0), (8, 1.1), (32, 2.8))),
+    draft=Curve(((1, 0.05), (32, 0.2))),
+)
+# A step bound by arithmetic: each token costs the same.
+LINEAR = SpeculationCosts(
+    decode=Curve(((1, 1.0), (32, 32.0))), verify=Curve(((1, 1.0), (32, 32.0))), draft=Curve(((1, 0.1),))
+)
+
+
+def test_curves_run_straight_between_and_beyond_their_points():
+    curve = Curve(((1, 1.0), (3, 2.0), (5, 2.0)))
+    assert [curve.at(count) for count in (1, 2, 3, 4, 5, 9)] == [1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
+    assert Curve(((2, 1.0),)).at(1) == 1.0
+    assert Curve(((2, 1.0),)).at(6) == 3.0
+    assert Curve().at(7) == 0.0
+    assert Curve(((1, 5.0), (2, 1.0))).at(9) == 0.0
+
+
+def test_step_seconds_are_exact_where_they_were_measured():
+    assert BOUND.step_s(8, 8) == pytest.approx(1.2)
+    assert BOUND.step_s(1, 8) == pytest.approx(1.1)
+    assert BOUND.step_s(8, 32) == pytest.approx(2.9)
+
+
+def test_drafting_pays_where_tokens_are_nearly_free_and_not_where_they_are_not():
+    for most in (1, 4):
+        assert DraftPolicy(most, BOUND).choose(1) == most
+        assert DraftPolicy(most, LINEAR).choose(1) == 0
+    assert DraftPolicy(4).choose(3) == 4
+    assert DraftPolicy(4, BOUND).choose(0) == 0
+    assert DraftPolicy(4, BOUND).choose(2, ()) == 0
+
+
+def test_drafts_at_hand_cost_nothing_to_make():
+    dear = SpeculationCosts(decode=BOUND.decode, verify=BOUND.verify, draft=Curve(((1, 9.0),)))
+    assert DraftPolicy(4, dear).choose(1) == 0
+    assert DraftPolicy(4, dear).choose(1, (4,)) == 4
+    assert DraftPolicy(4, dear).choose(2, (4, 2)) == 4
+
+
+def test_what_is_rejected_ends_drafting_but_for_a_probe():
+    policy = DraftPolicy(4, BOUND)
+    for _ in range(300):
+        policy.acceptance.observe(4, 0)
+    chosen = [policy.choose(1) for _ in range(3 * PROBE_STEPS)]
+    assert chosen.count(1) == 3
+    assert sum(chosen) == 3
+    hopeless = DraftPolicy(4, LINEAR)
+    assert not any(hopeless.choose(32) for _ in range(3 * PROBE_STEPS))
+    for _ in range(300):
+        policy.acceptance.observe(1, 1)
+    assert policy.choose(1) >= 1
+
+
+def test_acceptance_is_by_place_and_forgets():
+    acceptance = Acceptance(3)
+    for _ in range(2000):
+        acceptance.observe(3, 1)
+    expected = acceptance.expected()
+    assert expected[0] == 0.0
+    assert expected[1] == pytest.approx(1.0, abs=0.02)
+    assert expected[2] == pytest.approx(1.0, abs=0.05)
+    for _ in range(600):
+        acceptance.observe(3, 0)
+    assert acceptance.expected()[1] < 0.1
+
+
+@given(
+    seconds=st.lists(st.floats(0.01, 10.0), min_size=6, max_size=6),
+    draft_s=st.floats(0.0, 5.0),
+    observed=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), max_size=40),
+    num_requests=st.integers(1, 32),
+)
+def test_what_is_chosen_is_expected_to_be_faster(seconds, draft_s, observed, num_requests):
+    counts = (1, 2, 4, 8, 16, 160)
+    points = Curve(tuple(zip(counts, sorted(seconds), strict=True)))
+    costs = SpeculationCosts(decode=points, verify=points, draft=Curve(((1, draft_s),)))
+    policy = DraftPolicy(4, costs)
+    for drafted, accepted in observed:
+        policy.acceptance.observe(drafted, min(drafted, accepted))
+    count = policy.choose(num_requests)
+    if count:
+        gained = num_requests * (1 + policy.acceptance.expected()[count])
+        took = costs.step_s(num_requests, num_requests * (1 + count)) + count * costs.draft.at(num_requests)
+        assert gained / took > MARGIN * num_requests / costs.step_s(num_requests, num_requests)
