@@ -20,14 +20,14 @@ class Calibration:
     """Token sequences for passes that look at activations.
 
     `source` says in words where they come from. Passes keep results under `folder`, named by what they
-    were computed from, and take them up again when they find them there; activations beyond `memory_bytes`
-    are spilled there too. `watch(done, total, what)` hears of progress.
+    were computed from, and take them up again when they find them there; activations beyond `memory_bytes` a
+    stream are spilled there too. `watch(done, total, what)` hears of progress.
     """
 
     sequences: tuple[tuple[int, ...], ...]
     source: str
     folder: Path
-    memory_bytes: int = 1 << 30
+    memory_bytes: int = 512 << 20
     watch: Callable[[int, int, str], None] = _unwatched
 
     @property

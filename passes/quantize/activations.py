@@ -6,6 +6,8 @@ Knows tensors and files; knows no graph.
 from __future__ import annotations
 
 import errno
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,11 +18,13 @@ from ...spec.errors import TargetError
 
 
 class ActivationStore:
-    """Tensors by batch and name. What is put beyond `memory_bytes` goes to files in `folder`, which is made
-    when it is needed; a value is gone once it was taken. Use `close` when done, however it ends."""
+    """Tensors by batch and name. What is put beyond `memory_bytes` goes to files in a folder of its own in
+    `parent`, made when it is needed; a value is gone once it was taken. Use `close` when done, however it
+    ends."""
 
-    def __init__(self, folder: Path, memory_bytes: int) -> None:
-        self._folder = folder
+    def __init__(self, parent: Path, memory_bytes: int) -> None:
+        self._parent = parent
+        self._folder: Path | None = None
         self._memory_bytes = memory_bytes
         self._used_bytes = 0
         self._kept: dict[tuple[int, str], Tensor] = {}
@@ -55,25 +59,27 @@ class ActivationStore:
 
     def close(self) -> None:
         """Forget everything and remove the files."""
-        for path, _, _ in self._spilled.values():
-            path.unlink(missing_ok=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
         self._spilled.clear()
         self._kept.clear()
 
     def _write(self, value: Tensor) -> Path:
-        path = self._folder / f"activations-{self._count}.bin"
-        self._count += 1
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._folder is None:
+                self._parent.mkdir(parents=True, exist_ok=True)
+                self._folder = Path(tempfile.mkdtemp(prefix="activations-", dir=self._parent))
+            path = self._folder / f"{self._count}.bin"
+            self._count += 1
             write_bytes(value, path)
         except OSError as error:
-            path.unlink(missing_ok=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise TargetError(
                 "target.disk_full",
                 "The disk became full while calibration spilled activations.",
-                f"No space is left at {str(self._folder)!r} for {value.nbytes} more bytes.",
+                f"No space is left at {str(self._parent)!r} for {value.nbytes} more bytes.",
                 "Free some space or calibrate on fewer tokens, then run the same command again: it takes up "
                 "where it stopped.",
             ) from error

@@ -58,8 +58,8 @@ def solve_with_data(
     """
     solver = _Solver(program, choices, method, calibration)
     sites = [site for site in product_sites(program.graph) if solver.is_site(site)]
-    now = Walk(program, sites, calibration, "now")
-    before = Walk(program, sites, calibration, "before") if method.catch_up else None
+    now = Walk(program, sites, calibration)
+    before = Walk(program, sites, calibration) if method.catch_up else None
     try:
         for segment in now.segments:
             results = solver.finish(

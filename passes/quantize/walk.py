@@ -29,13 +29,11 @@ class Walk:
     """Calibration activations on their way through a program. Segments are visited in order: look at the
     inputs of one, then advance over it, with some of its weights replaced."""
 
-    def __init__(
-        self, program: Program, sites: Sequence[fx.Node], calibration: Calibration, name: str
-    ) -> None:
+    def __init__(self, program: Program, sites: Sequence[fx.Node], calibration: Calibration) -> None:
         self.segments = cut_segments(program.graph, sites)
         self._program = program
         self._batches = make_batches(calibration.sequences)
-        self._store = ActivationStore(calibration.folder / f"activations-{name}", calibration.memory_bytes)
+        self._store = ActivationStore(calibration.folder, calibration.memory_bytes)
 
     @property
     def num_batches(self) -> int:

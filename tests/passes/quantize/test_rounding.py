@@ -115,8 +115,6 @@ def test_searched_scales_are_stored_exactly_and_lose_less(name):
         error = weight - values_of(nearest_codes(weight, candidate, scheme), candidate, scheme)
         size = scheme.group_size or 96
         parts = [slice(start, start + size) for start in range(0, 96, size)]
-        if scheme.group_size == 0:
-            return (error.double() ** 2 * gram.diagonal()).sum(1, keepdim=True)
         losses = [((error[:, p] @ gram[p, p]) * error[:, p]).sum(1) for p in parts]
         return torch.stack(losses, 1)
 
@@ -163,7 +161,7 @@ def test_drift_gives_weights_that_make_up_for_it(given_weights):
     gram = now.T @ now / len(now)
     shift = torch.linalg.solve(gram.double(), drift.pull(weight).double().T).T
     wanted = torch.linalg.lstsq(now.double(), (before @ weight.T).double()).solution.T
-    assert torch.allclose(weight + shift, wanted, atol=1e-3)
+    assert torch.allclose(weight + shift, wanted, atol=1e-2)
 
 
 def test_propagation_solves_against_its_moments():

@@ -49,7 +49,7 @@ def test_a_walk_gives_each_product_the_inputs_that_the_whole_program_gives_it(to
     """Segment by segment, spilled or not, as in one run; and nothing is left on disk."""
     program = run_passes(toy(bias=True), (FuseQkv(),), PassContext())
     data = calibration(program, tmp_path, memory_bytes=memory_bytes)
-    walk = Walk(program, product_sites(program.graph), data, "now")
+    walk = Walk(program, product_sites(program.graph), data)
     seen = []
     for segment in walk.segments:
         if segment.x is not None:
@@ -124,7 +124,7 @@ def test_a_damaged_result_is_computed_again(toy, tmp_path):
     whole = stored(quantize(program, tmp_path, Gptq()))
     path = max(tmp_path.rglob("segment-*.safetensors"))
     path.write_bytes(path.read_bytes()[:-7])
-    assert same(whole, stored(quantize(program, tmp_path, Gptq())))
+    assert same(whole, stored(quantize(toy(), tmp_path, Gptq())))
 
 
 def test_results_of_other_options_tokens_or_weights_are_not_taken_up(toy, tmp_path):
@@ -180,3 +180,18 @@ def test_passes_that_need_tokens_say_so(toy):
         run_passes(toy(), (Gptq(),), PassContext())
     planned = run_passes(toy(), (Gptq(),), PassContext(planning=True))
     assert planned.history[-1].matches > 0
+
+
+def test_experts_that_no_token_chose_are_calibrated_and_named(toy, tmp_path):
+    program = toy(experts=4)
+    data = calibration(program, tmp_path)
+    few = Calibration(sequences=(data.sequences[1],), source="one token", folder=tmp_path)
+    done = run_passes(program, (Gptq(min_rows=1),), PassContext(calibration=few))
+    stacks = [decision for decision in done.history[-1].decisions if "of 4 experts" in decision.reason]
+    assert stacks
+    assert all("chosen by no calibration token" in decision.reason for decision in stacks)
+    full = quantize(program, tmp_path, Gptq(min_rows=1))
+    exact = logits_of(program, probe_sequences(program.spec, 9))
+    plain = run_passes(program, (Rtn(min_rows=1),), PassContext())
+    errors = [(logits_of(p, probe_sequences(program.spec, 9)) - exact).pow(2).mean() for p in (full, plain)]
+    assert errors[0] < 1.2 * errors[1]
