@@ -11,10 +11,14 @@ from .fuse_rope_cache import FuseRopeCache
 from .kv_layout import KvLayout
 from .memory_plan import PlanMemory
 from .paged_attention import PagedAttention
+from .quantize.awq import Awq
+from .quantize.fp8 import Fp8
 from .quantize.gptq import Gptq
 from .quantize.keep_codes import KeepCodes
+from .quantize.round_inputs import RoundInputs
 from .quantize.rtn import Rtn
 from .quantize.scale_search import ScaleSearch
+from .quantize.smooth import Smooth
 from .select_kernels import SelectKernels
 
 
@@ -56,6 +60,20 @@ def round_calibrated(
     return (Gptq(bits=bits, group_size=group_size, symmetric=symmetric, rounds=rounds, expect=1),)
 
 
+def round_to_fp8() -> tuple[Pass, ...]:
+    """Weights and the inputs of their products to 8-bit floats."""
+    return (Fp8(expect=1),)
+
+
+def round_both_to_int8() -> tuple[Pass, ...]:
+    """Weights by row and inputs by token to 8-bit integers, outliers of the inputs moved to the weights."""
+    return (
+        Smooth(),
+        Rtn(bits=8, group_size=0, head_bits=8, embedding_bits=8, expect=1),
+        RoundInputs(scheme="int8_token", expect=1),
+    )
+
+
 def layout() -> tuple[Pass, ...]:
     """From whole sequences to a paged cache: what a server runs."""
     return (
@@ -72,7 +90,8 @@ def plan() -> tuple[Pass, ...]:
 
 
 def _quantisers() -> tuple[Pass, ...]:
-    return (*round_nearest(4, 32), *round_searched(4, 32), *round_calibrated(4, 32))
+    integers = (*round_nearest(4, 32), *round_searched(4, 32), *round_calibrated(4, 32))
+    return (Smooth(), Awq(), *integers, *round_to_fp8(), RoundInputs())
 
 
 # Every pass of llmc, in the order above.

@@ -14,9 +14,11 @@ from .pipeline import (
     keep,
     layout,
     plan,
+    round_both_to_int8,
     round_calibrated,
     round_nearest,
     round_searched,
+    round_to_fp8,
 )
 
 
@@ -69,6 +71,16 @@ def int3() -> tuple[Pass, ...]:
     return _with(round_calibrated(3, 128, rounds=6))
 
 
+def fp8() -> tuple[Pass, ...]:
+    """8-bit floats: weights by row, inputs by token."""
+    return _with(round_to_fp8())
+
+
+def w8a8() -> tuple[Pass, ...]:
+    """8-bit integers: weights by row, inputs by token, balanced against each other."""
+    return _with(round_both_to_int8())
+
+
 def _with(quantisers: tuple[Pass, ...]) -> tuple[Pass, ...]:
     return (*canonicalise(), *fuse(), *keep(), *quantisers, *layout(), *plan())
 
@@ -110,6 +122,18 @@ PRESETS: tuple[Preset, ...] = (
         summary="when 4 bits do not fit: 3-bit weights in groups of 128, stored in 4 bits, calibrated",
         build=int3,
         max_kl=1.0,
+    ),
+    Preset(
+        name="fp8",
+        summary="for hardware that multiplies 8-bit floats: weights and inputs, no calibration",
+        build=fp8,
+        max_kl=0.1,
+    ),
+    Preset(
+        name="w8a8",
+        summary="for hardware that multiplies 8-bit integers: weights and inputs, calibrated",
+        build=w8a8,
+        max_kl=0.1,
     ),
 )
 

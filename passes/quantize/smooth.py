@@ -1,0 +1,195 @@
+"""Move what makes inputs hard to round into the weights that multiply them (SmoothQuant, arXiv:2211.10438).
+
+    n = llmc.rms_norm(x, w, …)                   n = llmc.rms_norm(x, w / s, …)
+    y = llmc.linear(n, v, None)           →      y = llmc.linear(n, v * s, None)
+
+The factors s are powers of two, so that no value of the model is rounded anew. Whose output feeds linears
+alone is asked of the graph: norms, and the up-projections of gated feed-forward blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ...ir.program import Program
+from ...ir.scaled import Scaled
+from ...ir.weights import Constant, Expr
+from ...spec.errors import RecipeError
+from ...spec.history import Decision
+from ..base import (
+    CANONICAL,
+    Contract,
+    PassContext,
+    PassReport,
+    PassResult,
+    Stage,
+    Within,
+    expect_option,
+    option,
+)
+from ..fuse_linears import LINEAR
+from ..graph import argument, argument_names, calls, is_call, is_weight
+from .ranges import channel_ranges
+
+_NORMS = tuple(
+    getattr(torch.ops.llmc, name).default
+    for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+)
+_GATED = (torch.ops.llmc.gated_activation_packed.default, torch.ops.llmc.gated_activation.default)
+_LEAST = 1e-5
+
+
+class Fold(NamedTuple):
+    """A weight or bias whose rows (all, or the last `rows`) give the channels that are scaled."""
+
+    name: str
+    rows: int
+    offset: float
+
+
+class Site(NamedTuple):
+    """A value that only linears read, the weights that multiply it, and what to divide in turn."""
+
+    value: fx.Node
+    readers: tuple[str, ...]
+    folds: tuple[Fold, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Smooth:
+    """Balance the channels of inputs against those of weights, before both are rounded."""
+
+    name: ClassVar[str] = "smooth"
+    stage: ClassVar[Stage] = Stage.quantise
+    requires: ClassVar[frozenset[str]] = frozenset({CANONICAL})
+    provides: ClassVar[frozenset[str]] = frozenset()
+    contract: ClassVar[Contract] = Within(1e-5)
+    calibrated: ClassVar[bool] = True
+
+    alpha: float = option(
+        0.5,
+        "How much of an input channel's magnitude goes to the weights: 0 nothing, 1 all.",
+        low=0.0,
+        high=1.0,
+        search=(0.5, 0.65, 0.8),
+    )
+    expect: int = expect_option()
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """One match per value that is balanced; misses say why another is not."""
+        graph = program.copy_graph()
+        sites, misses = foldable_sites(graph, program)
+        if context.planning or not sites:
+            return PassResult(program=program, report=PassReport(matches=len(sites), misses=tuple(misses)))
+        if context.calibration is None or not context.calibration.sequences:
+            raise RecipeError(
+                "recipe.no_calibration",
+                "Pass 'smooth' has no calibration data.",
+                "It balances inputs by how large they get, and the compile was given no tokens.",
+                "Give the pass context a Calibration, or leave the pass out.",
+            )
+        copied = program.replace(graph=graph)
+        ranges = channel_ranges(copied, [site.value for site in sites], context.calibration)
+        changed: dict[str, Expr] = {}
+        decisions: list[Decision] = []
+        for site in sites:
+            factors = self._factors(program, site, ranges[site.value])
+            fold_factors(program, site, factors, changed)
+            decisions.append(_decision(site, factors))
+        done = copied.replace(weights=program.weights.with_entries(changed))
+        report = PassReport(matches=len(sites), decisions=tuple(decisions), misses=tuple(misses))
+        return PassResult(program=done, report=report)
+
+    def _factors(self, program: Program, site: Site, inputs: Tensor) -> Tensor:
+        """The power of two for each channel, 1 where it was never active."""
+        weights = torch.zeros_like(inputs)
+        for name in site.readers:
+            weights = torch.maximum(weights, program.weights.evaluate(name).float().abs().amax(0))
+        factors = inputs.clamp_min(_LEAST) ** self.alpha / weights.clamp_min(_LEAST) ** (1 - self.alpha)
+        factors = torch.where((inputs > 0) & (weights > 0), factors, 1.0)
+        middle = factors.log2().median()
+        return torch.exp2((factors.log2() - middle).round().clamp(-12, 12))
+
+
+def foldable_sites(graph: fx.Graph, program: Program) -> tuple[list[Site], list[str]]:
+    """The values whose channels can be scaled and divided where they are made, and why others cannot."""
+    sites: list[Site] = []
+    misses: list[str] = []
+    for node in [*calls(graph, *_NORMS), *calls(graph, *_GATED)]:
+        value = _output(node)
+        folds = None if value is None else _folds(node)
+        readers = () if value is None else _readers(value)
+        if value is None or readers is None:
+            misses.append(f"{node.name}: something other than linears reads it")
+        elif folds is None:
+            misses.append(f"{node.name}: what makes it has no weight of its own to divide")
+        else:
+            sites.append(Site(value, readers, folds))
+    return sites, misses
+
+
+def _output(node: fx.Node) -> fx.Node | None:
+    """The normalised or gated value of `node`."""
+    if not str(node.target).startswith("llmc.add_"):
+        return node
+    return next((user for user in node.users if user.args[1] == 0), None)
+
+
+def _readers(value: fx.Node) -> tuple[str, ...] | None:
+    """The weights of the linears that read `value`; None when anything else does."""
+    names: list[str] = []
+    for user in value.users:
+        weight: Any = argument(user, "weight") if is_call(user, LINEAR) else None
+        if not is_weight(weight) or len(weight.users) > 1 or argument(user, "x") is not value:
+            return None
+        names.append(str(weight.target))
+    return tuple(names) or None
+
+
+def _folds(node: fx.Node) -> tuple[Fold, ...] | None:
+    """What to divide so that the value of `node` is divided; None where that cannot be."""
+    if node.target in _NORMS:
+        parts = [argument(node, name) for name in ("weight", "bias") if name in argument_names(node)]
+        offsets = [float(argument(node, "offset")), 0.0]
+        return _own(parts, offsets, 0)
+    width = int(node.meta["val"].shape[-1])
+    source: Any = argument(node, "gate_up" if node.target is _GATED[0] else "up")
+    if not is_call(source, LINEAR) or len(source.users) > 1:
+        return None
+    return _own([argument(source, "weight"), argument(source, "bias")], [0.0, 0.0], width)
+
+
+def _own(parts: list[Any], offsets: list[float], rows: int) -> tuple[Fold, ...] | None:
+    folds: list[Fold] = []
+    for part, offset in zip(parts, offsets, strict=False):
+        if part is not None and (not is_weight(part) or len(part.users) > 1):
+            return None
+        if part is not None:
+            folds.append(Fold(str(part.target), rows, offset))
+    return tuple(folds) if parts[0] is not None else None
+
+
+def fold_factors(program: Program, site: Site, factors: Tensor, changed: dict[str, Expr]) -> None:
+    """Put factors into readers and their inverses into what makes the value, on top of earlier ones."""
+    inverse = 1.0 / factors
+    for name in site.readers:
+        current = changed.get(name, program.weights[name])
+        changed[name] = Scaled(current, Constant(factors), 1)
+    for fold in site.folds:
+        current = changed.get(fold.name, program.weights[fold.name])
+        missing = current.shape[0] - len(inverse) if fold.rows else 0
+        whole = torch.cat([torch.ones(missing), inverse])
+        changed[fold.name] = Scaled(current, Constant(whole), 0, fold.offset)
+
+
+def _decision(site: Site, factors: Tensor) -> Decision:
+    low, high = float(factors.min()), float(factors.max())
+    return Decision(
+        subject=site.folds[0].name,
+        choice=f"divided by powers of two from {low:g} to {high:g}",
+        reason=f"balanced against {', '.join(site.readers)}",
+    )
