@@ -49,8 +49,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Options of `llmc compile`.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "accurate": ("--quant", "int4"),
-    "fast": ("--quant", "int4", "--set", "select_kernels.inputs=fast"),
+    "accurate": ("--quant", "int4-fast"),
+    "fast": ("--quant", "int4-fast", "--set", "select_kernels.inputs=fast"),
 }
 
 
