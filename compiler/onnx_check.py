@@ -1,4 +1,4 @@
-"""The graph of an ONNX artifact is held to the oracle before it is committed, and how close it comes is told."""
+"""The graph of an ONNX artifact is held to the oracle before it is committed; how close it comes is told."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ..spec.errors import CheckFailed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendQuality:
-    """What the executor says about the oracle's prompts against what the reference backend says, over `tokens`
-    logprobs: largest and mean difference in nats, and the share of positions with the same likeliest token."""
+    """What the executor says about the oracle's prompts against what the reference backend says, over
+    `tokens` logprobs: largest and mean difference in nats, and the share of positions with the same
+    likeliest token."""
 
     executor: str
     tokens: int

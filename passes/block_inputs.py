@@ -1,4 +1,4 @@
-"""Let products round their inputs to int8 in the blocks of their weights, as MatMulNBits of ONNX Runtime does.
+"""Let products round their inputs to int8 in the blocks of their weights, as ONNX's MatMulNBits can.
 Knows which schemes have such blocks; whether it should is asked of `select_kernels`."""
 
 from __future__ import annotations

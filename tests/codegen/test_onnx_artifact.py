@@ -105,11 +105,11 @@ def test_a_viewer_finds_shapes_and_layers_to_fold(compiled):
 def test_what_is_stored_is_read_back_in_the_portable_packing(stories_7m, tmp_path):
     path = tmp_path / "q.llmc"
     compile_model(
-        stories_7m, output=path, target="onnx", quant="int4_fast", verify="off", cache=False,
+        stories_7m, output=path, target="onnx", quant="int4-fast", verify="off", cache=False,
         overrides=["select_kernels.inputs=fast"],
     )  # fmt: skip
     other = tmp_path / "r.llmc"
-    compile_model(stories_7m, output=other, target="reference", quant="int4_fast", verify="off", cache=False)
+    compile_model(stories_7m, output=other, target="reference", quant="int4-fast", verify="off", cache=False)
     ours, theirs = open_unchecked(path), open_unchecked(other)
     read = backend_for(ours.manifest.target).stored_weights(ours)
     from llmc.ir.weights import Reader
