@@ -24,6 +24,7 @@ PORTABLE_PROGRAM = "program.portable.json"
 PROGRAM_TEXT = "program.txt"
 ORACLE = "oracle.safetensors"
 REPORT = "report.json"
+REPORT_PAGE = "report.html"
 TOKENIZER_FOLDER = "tokenizer"
 
 FileKind = Literal["weights", "program", "kernel", "tokenizer", "oracle", "report"]

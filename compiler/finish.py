@@ -13,6 +13,7 @@ from ..artifact.oracle import write_oracle
 from ..artifact.reader import Artifact
 from ..artifact.schema import (
     REPORT,
+    REPORT_PAGE,
     TOKENIZER_FOLDER,
     Manifest,
     Provenance,
@@ -33,6 +34,7 @@ from .ledger import Ledger
 from .library_check import check_libraries
 from .onnx_check import check_graph
 from .oracle import make_oracle
+from .page.report_page import report_page
 from .pipeline import Compiled, is_small
 from .quality import Quality, check_quality, measure, probe_prompts
 from .report import encode_report, report_data
@@ -77,20 +79,17 @@ def finish_artifact(
     if preview.manifest.target.kind == "onnx":
         with ledger.stage("check the graph"):
             backend = check_graph(writer.preview(preview.manifest), oracle)
-    writer.write_bytes(
-        REPORT,
-        "report",
-        encode_report(
-            report_data(
-                compiled.final,
-                recipe=compiled.pipeline.name,
-                verify=request.verify,
-                quality=quality,
-                calibration=calibration,
-                backend=backend,
-            )
-        ),
+    report = report_data(
+        compiled.final,
+        recipe=compiled.pipeline.name,
+        verify=request.verify,
+        quality=quality,
+        calibration=calibration,
+        backend=backend,
     )
+    writer.write_bytes(REPORT, "report", encode_report(report))
+    title = f"{source_name(request.model)}, {compiled.pipeline.name}, for {request.parsed_target.name}"
+    writer.write_bytes(REPORT_PAGE, "report", report_page(report, title))
     return quality
 
 

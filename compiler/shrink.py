@@ -3,6 +3,7 @@ Knows which sizes carry no meaning; which attributes those are is the adapter's.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from .hf import adapter
@@ -29,6 +30,24 @@ def shrink(config: Any) -> Any:
     for name in adapter.TOKEN_IDS:
         _fit_token_ids(small, name)
     return small
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKinds:
+    """A config with one layer of each kind, full-sized otherwise, and how often the whole model has each."""
+
+    config: Any
+    counts: tuple[int, ...]
+
+
+def one_of_each_kind(config: Any) -> LayerKinds:
+    """The first layer of each kind, for what grows with layers alone."""
+    small = adapter.readable_copy(config)
+    kinds = [adapter.layer_kind(small, index) for index in range(adapter.num_layers(small))]
+    kept = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    counts = tuple(kinds.count(kinds[index]) for index in kept)
+    _keep_layers(small, kept)
+    return LayerKinds(config=small, counts=counts)
 
 
 def _kept_layers(config: Any) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...artifact.reader import Artifact
-from ...artifact.schema import PROGRAM
+from ...artifact.schema import PORTABLE_PROGRAM, PROGRAM
 from ...codegen.base import backend_for
 from ...ir.document import decode_program
 from ...ir.program import Program
@@ -38,7 +38,16 @@ class Divergence:
 
 def stored_program(artifact: Artifact) -> Program:
     """The final program of an artifact, its weights read from the files."""
-    document = decode_program(artifact.read_bytes(PROGRAM))
+    return _stored(artifact, PROGRAM)
+
+
+def portable_program(artifact: Artifact) -> Program:
+    """The program of an artifact before it was laid out, over the same weights."""
+    return _stored(artifact, PORTABLE_PROGRAM)
+
+
+def _stored(artifact: Artifact, file: str) -> Program:
+    document = decode_program(artifact.read_bytes(file))
     manifest = artifact.manifest
     stored = backend_for(manifest.target).stored_weights(artifact)
     return Program(

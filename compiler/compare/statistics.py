@@ -8,12 +8,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 # Two processes of one artifact differ by about this much, for where their memory happens to lie: no number
 # of repeats within them shows it, so every interval is widened by it.
 PLACEMENT = 0.01
 # Share of comparisons of equals that may come out as different.
 ALPHA = 0.002
-_RESAMPLES = 2000
+_RESAMPLES = 4000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,27 +55,15 @@ def paired_ratio(
 def _studentised(logs: list[float], centre: float, spread: float, rng: random.Random) -> tuple[float, float]:
     if spread == 0.0:
         return centre, centre
-    found: list[float] = []
-    for _ in range(_RESAMPLES):
-        sample = rng.choices(logs, k=len(logs))
-        own = statistics.stdev(sample) / math.sqrt(len(sample))
-        if own > 0.0:
-            found.append((statistics.fmean(sample) - centre) / own)
-    found.sort()
-    if len(found) < _RESAMPLES // 2:  # too few rounds to tell: nearly all resamples are alike
+    draws = np.random.default_rng(rng.getrandbits(63)).integers(0, len(logs), (_RESAMPLES, len(logs)))
+    samples = np.asarray(logs)[draws]
+    own = samples.std(axis=1, ddof=1) / math.sqrt(len(logs))
+    known = own > 1e-12
+    if known.sum() < _RESAMPLES // 2:  # too few rounds to tell: nearly all resamples are alike
         return -math.inf, math.inf
-    edge = max(0, math.floor(len(found) * ALPHA / 2))
-    return centre - found[-1 - edge] * spread, centre - found[edge] * spread
-
-
-def bootstrap_difference(
-    values: Sequence[float], baseline: Sequence[float], *, rng: random.Random
-) -> tuple[float, float]:
-    """The interval of the mean difference of paired numbers, by the percentile bootstrap."""
-    gaps = [value - base for value, base in zip(values, baseline, strict=True)]
-    means = sorted(statistics.fmean(rng.choices(gaps, k=len(gaps))) for _ in range(_RESAMPLES))
-    edge = max(0, math.floor(len(means) * ALPHA / 2))
-    return means[edge], means[-1 - edge]
+    scores = (samples.mean(axis=1)[known] - centre) / own[known]
+    low, high = np.quantile(scores, [ALPHA / 2, 1 - ALPHA / 2])
+    return centre - float(high) * spread, centre - float(low) * spread
 
 
 def pareto(points: dict[str, tuple[float, ...]]) -> tuple[str, ...]:

@@ -1,0 +1,161 @@
+"""What each layer of an artifact computes on prompts, how far it is from a reference, and whether the
+target's own code says the same as the program: a defect of a pass is told from one of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..artifact.reader import Artifact
+from ..ir.program import Program
+from ..ir.vocabulary import operator_name
+from ..passes.probe import logits_of
+from ..runtime.config import RuntimeConfig
+from ..runtime.executors.registry import open_executor
+from ..runtime.oracle import measure_prompts
+from .compare.quality import stored_program
+from .node_values import NodeRun, relative_error, run_nodes
+from .oracle import tolerance_of
+
+_ATTENTION = ("llmc.attention.default", "llmc.paged_attention.default")
+_HEAD = "logits"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLine:
+    """One layer's attention output (or the logits): statistics, and the relative error to the reference."""
+
+    layer: str
+    node: str
+    mean: float
+    deviation: float
+    largest: float
+    error: float
+    exceeds: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTrace:
+    """All layers in order. `code_error` is the largest difference, in nats, of a token's logprob between the
+    target's code and the program it was generated from; beyond `code_bound` the code is to blame, where
+    lines exceed `bound` the passes are."""
+
+    executor: str
+    reference: str
+    bound: float
+    lines: tuple[LayerLine, ...]
+    code_error: float
+    code_bound: float
+
+    @property
+    def first(self) -> LayerLine | None:
+        """The first line beyond the bound."""
+        return next((line for line in self.lines if line.exceeds), None)
+
+    def verdict(self) -> str:
+        """What it comes to, in words."""
+        parts: list[str] = []
+        if self.first is not None:
+            where = f"{self.first.layer} ({self.first.node})"
+            parts.append(
+                f"The program first leaves {self.reference} at {where}: {self.first.error:.2g} of its size, "
+                f"where {self.bound:g} is allowed."
+            )
+        else:
+            parts.append(f"Every layer is within {self.bound:g} of {self.reference}.")
+        if self.code_error > self.code_bound:
+            parts.append(
+                f"The {self.executor} code differs from the program by {self.code_error:.2g} nats "
+                f"({self.code_bound:g} allowed): a kernel is to blame."
+            )
+        else:
+            parts.append(
+                f"The {self.executor} code says what the program says, to {self.code_error:.2g} nats."
+            )
+        return " ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `llmc inspect --trace --json` prints."""
+        return {**asdict(self), "verdict": self.verdict()}
+
+
+def trace_layers(
+    artifact: Artifact,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    reference: Program,
+    reference_name: str,
+    bound: float,
+) -> LayerTrace:
+    """Run the program that `artifact` stores, `reference` (a program of the same model with its weights) and
+    the target's own code on `prompts` (token ids)."""
+    program = stored_program(artifact)
+    own, expected = run_nodes(program, prompts), run_nodes(reference, prompts)
+    lines = [
+        _line(f"layer {index}", node.name, rows, other, bound)
+        for index, (node, rows, other) in enumerate(
+            zip(
+                _attention_nodes(program),
+                _outputs(program, own),
+                _outputs(reference, expected),
+                strict=True,
+            )
+        )
+    ]
+    lines.append(_line(_HEAD, "output", own.logits, expected.logits, bound))
+    assert program.cache is not None
+    return LayerTrace(
+        executor=artifact.manifest.target.name,
+        reference=reference_name,
+        bound=bound,
+        lines=tuple(lines),
+        code_error=_code_error(artifact, program, prompts),
+        code_bound=tolerance_of(program.spec, program.cache),
+    )
+
+
+def _attention_nodes(program: Program) -> list[fx.Node]:
+    return [
+        node
+        for node in program.graph.nodes
+        if node.op == "call_function" and operator_name(node.target) in _ATTENTION
+    ]
+
+
+def _outputs(program: Program, run: NodeRun) -> list[Tensor]:
+    return [run.rows[node.name] for node in _attention_nodes(program)]
+
+
+def _line(layer: str, node: str, rows: Tensor, other: Tensor, bound: float) -> LayerLine:
+    error = relative_error(other, rows)
+    values = rows.double()
+    return LayerLine(
+        layer=layer,
+        node=node,
+        mean=float(values.mean()),
+        deviation=float(values.std()),
+        largest=float(values.abs().max()),
+        error=error,
+        exceeds=not error <= bound,
+    )
+
+
+def _code_error(artifact: Artifact, program: Program, prompts: Sequence[tuple[int, ...]]) -> float:
+    """The largest difference of a token's logprob between the target's executor and its program."""
+    total = sum(map(len, prompts))
+    config = RuntimeConfig(max_requests=len(prompts), max_step_tokens=max(total, len(prompts)))
+    executor = open_executor(artifact, config)
+    try:
+        measured = measure_prompts(executor, prompts)
+    finally:
+        executor.close()
+    worst = 0.0
+    for prompt, found in zip(prompts, measured, strict=True):
+        logprobs = torch.log_softmax(logits_of(program, [prompt]).double(), dim=-1)
+        for index, logprob in enumerate(found.logprobs):
+            worst = max(worst, abs(float(logprobs[index, prompt[index + 1]]) - logprob))
+    return worst
