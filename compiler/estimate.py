@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..ir.weights import Unbound
 from ..passes.base import Pass, PassContext
 from ..passes.manager import run_passes
 from ..passes.presets import PRESETS
@@ -116,7 +117,11 @@ class Estimator:
         return Estimate(
             recipe=recipe,
             num_parameters=self._sum(
-                {name: math.prod(self._traced.weights[name].shape) for name in self._traced.weights}
+                {
+                    name: math.prod(expr.shape)
+                    for name, expr in self._traced.weights.entries.items()
+                    if isinstance(expr, Unbound)  # buffers are constants
+                }
             ),
             num_layers=sum(self._counts),
             weight_bytes=self._sum({name: program.weights.num_bytes(name) for name in used}),

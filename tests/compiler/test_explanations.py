@@ -53,13 +53,14 @@ def config_only(tmp_path):
 
 def test_a_large_model_is_measured_by_one_layer(config_only):
     found = answer_fit(config_only, memory_bytes=160 << 30, context=8192)
-    assert found.estimate.num_parameters == 70_553_706_560
-    assert found.estimate.weight_bytes == pytest.approx(2 * 70_553_706_560, rel=1e-6)
+    assert found.estimate.num_parameters == 70_553_706_496
+    assert found.estimate.weight_bytes == pytest.approx(2 * 70_553_706_496, rel=1e-6)
     assert found.estimate.request_bytes(8192) == 8192 * 80 * 2 * 8 * 128 * 2
     assert found.requests == (160 * 2**30 - found.estimate.weight_bytes) // found.estimate.request_bytes(8192)
     assert found.ways == ()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_gets_three_ways_that_do(config_only):
     found = answer_fit(config_only, memory_bytes=80 << 30, context=131072)
     assert found.requests == 0
