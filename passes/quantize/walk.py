@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from ...ir import ops as _registered  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers them
 from ...ir.program import Program
 from ...spec.errors import ModelError
 from ..calibration import Calibration
