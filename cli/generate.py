@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("stdin", required=False, metavar="[-]")
+@click.option("--draft", type=click.Path(path_type=Path), help="An artifact that drafts: same text, sooner.")
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="May be given several times.")
 @click.option(
     "--prompt-file",
@@ -45,6 +46,7 @@ def generate(
     output: Output,
     artifact: Path,
     stdin: str | None,
+    draft: Path | None,
     prompts: tuple[str, ...],
     files: tuple[Path, ...],
     chat: bool,
@@ -66,7 +68,7 @@ def generate(
             "Text is generated from --prompt TEXT, --prompt-file FILE, or - for standard input.",
             'Add for example --prompt "Once upon a time".',
         )
-    with open_model(artifact) as opened:
+    with open_model(artifact, draft) as opened:
         params = with_options(opened.llm.default_params(), sampling)
         if output.as_json or len(texts) > 1:
             generate_all(output, opened, texts, params, chat=chat)

@@ -30,12 +30,12 @@ class OpenedModel:
 
 
 @contextmanager
-def open_model(artifact: Path) -> Generator[OpenedModel]:
-    """The model at `artifact`, closed when the block ends."""
+def open_model(artifact: Path, draft: Path | None = None) -> Generator[OpenedModel]:
+    """The model at `artifact`, with its draft model if any, closed when the block ends."""
     from ..runtime.load import load
 
     started = time.perf_counter()
-    with load(artifact) as llm:
+    with load(artifact, draft=draft) as llm:
         yield OpenedModel(llm, time.perf_counter() - started)
 
 
@@ -101,4 +101,13 @@ def _record(opened: OpenedModel, result: GenerationOutput) -> dict[str, Any]:
         "tpot_s": result.tpot_s,
         "load_s": opened.load_s,
         "executor": opened.llm.executor_name,
+        **_acceptance(opened.llm),
     }
+
+
+def _acceptance(llm: LLM) -> dict[str, Any]:
+    """Drafts verified and accepted by place, since the model was loaded; nothing without speculation."""
+    stats = llm.engine.stats
+    if llm.engine.config.speculation == "none":
+        return {}
+    return {"drafted_at": list(stats.drafted_at), "accepted_at": list(stats.accepted_at)}

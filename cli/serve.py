@@ -18,6 +18,7 @@ from .output import Output, with_output
 @click.option("--api-keys", type=click.Path(path_type=Path), help="A file with one key a line.")
 @click.option("--tls-certificate", type=click.Path(path_type=Path), help="PEM file; makes it https.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="PEM file of the certificate's key.")
+@click.option("--draft", type=click.Path(path_type=Path), help="An artifact that drafts for the served one.")
 @click.option("--served-name", metavar="NAME", help="The model's name for clients; for one artifact.")
 @click.option("--max-requests", type=int, metavar="N", help="Most sequences that run at a time.")
 @click.option("--max-waiting", type=int, metavar="N", help="Most sequences that wait beyond those.")

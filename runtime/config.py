@@ -19,7 +19,8 @@ class RuntimeConfig:
     same time; `max_waiting` more may queue; `max_step_tokens` is the budget of one mixed batch;
     `max_model_len` None means as many tokens as the model and the cache allow. `draft_tokens` is the most
     tokens speculated at once, found by matching the last `ngram_min` to `ngram_max` tokens or by the
-    executor's draft model. `num_threads` is for the executor, 0 means one per core.
+    executor's draft model. `draft` is the path of an artifact that drafts: it makes `speculation` draft.
+    `num_threads` is for the executor, 0 means one per core.
     """
 
     cache_bytes: int = 0
@@ -33,6 +34,7 @@ class RuntimeConfig:
     draft_tokens: int = 4
     ngram_min: int = 2
     ngram_max: int = 4
+    draft: str | None = None
     timeout_s: float | None = None
     num_threads: int = 0
 

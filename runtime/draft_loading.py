@@ -14,8 +14,10 @@ from .protocol import Executor
 from .tokenizer import Tokenizer
 
 
-def with_draft(config: RuntimeConfig, draft: str | os.PathLike[str] | None) -> RuntimeConfig:
-    """`config` with speculation by a draft model where one is given. UsageError when it says otherwise."""
+def with_draft(config: RuntimeConfig, draft: str | os.PathLike[str] | None = None) -> RuntimeConfig:
+    """`config` with speculation by a draft model where `draft` or the settings name one. UsageError when it
+    says otherwise."""
+    draft = config.draft if draft is None else os.fspath(draft)
     if draft is None:
         return config
     if config.speculation == "ngram":
@@ -25,7 +27,7 @@ def with_draft(config: RuntimeConfig, draft: str | os.PathLike[str] | None) -> R
             "Drafts come from one of the two.",
             "Leave one of them out.",
         )
-    return replace(config, speculation="draft")
+    return replace(config, speculation="draft", draft=draft)
 
 
 def draft_config(config: RuntimeConfig, target: Executor) -> RuntimeConfig:
@@ -39,6 +41,7 @@ def draft_config(config: RuntimeConfig, target: Executor) -> RuntimeConfig:
         max_model_len=None,
         max_step_tokens=max(caps.max_tokens, caps.max_rows),
         speculation="none",
+        draft=None,
     )
 
 

@@ -70,8 +70,10 @@ def load(
     ledger = ledger or StartLedger()
     artifact, executor = _open(path, config, ledger)
     with _closing_on_error(executor):
-        if draft is not None:
-            draft_artifact, draft_executor = _open(draft, draft_config(config, executor), ledger, "draft ")
+        if config.draft is not None:
+            draft_artifact, draft_executor = _open(
+                config.draft, draft_config(config, executor), ledger, "draft "
+            )
             with _closing_on_error(draft_executor):
                 check_vocabulary(artifact, draft_artifact)
                 attach_draft(executor, draft_executor)

@@ -21,7 +21,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     not fit its context (`long_prompt`), the model called `fallback` answers, and says so in `model` of the
     answer. `channel` is where its engine runs: in this process (`local`), in a child (`process`), or `auto`,
     a child where a device fault can end the process. `tool_format` and `reasoning_format` say how the model
-    writes tool calls and thoughts; `auto` reads its chat template. Settings that are None are the server's.
+    writes tool calls and thoughts; `auto` reads its chat template. `draft` is the artifact of a smaller model
+    that drafts for it. Settings that are None are the server's.
     """
 
     artifact: str
@@ -37,6 +38,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     cache_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None
     num_threads: Annotated[int, msgspec.Meta(ge=0)] | None = None
     timeout_s: Seconds | None = None
+    draft: str | None = None
 
     @property
     def served_name(self) -> str:
@@ -88,6 +90,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None
     num_threads: Annotated[int, msgspec.Meta(ge=0)] | None = None
     timeout_s: Seconds | None = None
+    draft: str | None = None
 
     def validate(self) -> None:
         """Raises UsageError for settings that do not fit together."""
