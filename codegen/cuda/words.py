@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, fx
 
 from ...artifact.cuda import WordWeight
+from ...ir import ops
 from ...ir.program import Program
 from ...ir.weights import Expr, Reader
 from ...kernels.cuda.packing import pack_words, unpack_words
 from ...spec.quant import parse_scheme
 
+assert ops  # importing it registers the operators
 _READERS = {
     torch.ops.llmc.quantized_linear.default: (1, 5),
     torch.ops.llmc.quantized_embedding.default: (1, 4),

@@ -24,6 +24,16 @@ def store_rows(y_ptr, bias_ptr, sums, row, column, M, N: tl.constexpr, HAS_BIAS:
 
 
 @triton.jit
+def load_rows(x_ptr, row, k, M, x_stride: tl.constexpr, K: tl.constexpr, FULL: tl.constexpr):
+    """`x[k, row]` of rows `x_stride` apart, 0 outside; `FULL` says that every `k` is below K."""
+    address = row[None, :].to(tl.int64) * x_stride + k[:, None]
+    if FULL:
+        return tl.load(x_ptr + address, mask=row[None, :] < M, other=0.0)
+    else:
+        return tl.load(x_ptr + address, mask=(row[None, :] < M) & (k[:, None] < K), other=0.0)
+
+
+@triton.jit
 def linear(
     x_ptr,
     weight_ptr,
@@ -43,12 +53,16 @@ def linear(
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     depth = tl.arange(0, BK)
     sums = tl.zeros([BN, BM], tl.float32)
+    # Rows that do not exist read the last one: a mask would cost more, and their sums are not stored.
+    held = tl.minimum(column, N - 1).to(tl.int64)
     for start in tl.range(0, K, BK):
         k = start + depth
-        w_mask = (column[:, None] < N) & (k[None, :] < K)
-        x_mask = (row[None, :] < M) & (k[:, None] < K)
-        w = tl.load(weight_ptr + column[:, None].to(tl.int64) * K + k[None, :], mask=w_mask, other=0.0)
-        x = tl.load(x_ptr + row[None, :].to(tl.int64) * x_stride + k[:, None], mask=x_mask, other=0.0)
+        address = held[:, None] * K + k[None, :]
+        if K % BK == 0:
+            w = tl.load(weight_ptr + address)
+        else:
+            w = tl.load(weight_ptr + address, mask=k[None, :] < K, other=0.0)
+        x = load_rows(x_ptr, row, k, M, x_stride, K, K % BK == 0)
         sums = tl.dot(w.to(x.dtype), x, sums, input_precision="ieee")
     store_rows(y_ptr, bias_ptr, sums, row, column, M, N, HAS_BIAS)
 
@@ -69,18 +83,16 @@ def word_group(
     BN: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """`scale[BN] * sum((code - zero) * x)` over `DIGITS` digits of a block from `FIRST` on, which share a
-    group.
+    """`scale[BN] * sum((code - zero) * x)` over `DIGITS` digits from `FIRST` on, which share a group.
 
-    `lift[BN]` is 128 plus the zero point; both terms of the difference are exact in bfloat16.
+    `lift` is 128 plus the zero point, of each row or of all; both terms of the difference are exact in
+    bfloat16.
     """
     depth = tl.arange(0, 32)
     part = tl.zeros([BN, BM], tl.float32)
     for digit in tl.static_range(FIRST, FIRST + DIGITS):  # pyright: ignore[reportGeneralTypeIssues]
-        codes = (word_pairs(words, digit, BN) - lift[:, None]).to(tl.bfloat16)
-        k = k0 + 32 * digit + depth
-        x_mask = (row[None, :] < M) & (k[:, None] < K)
-        x = tl.load(x_ptr + row[None, :].to(tl.int64) * x_stride + k[:, None], mask=x_mask, other=0.0)
+        codes = (word_pairs(words, digit, BN) - lift).to(tl.bfloat16)
+        x = load_rows(x_ptr, row, k0 + 32 * digit + depth, M, x_stride, K, K % 128 == 0)
         part = tl.dot(codes.to(x.dtype), x, part, input_precision="ieee")
     return part * scale.to(tl.float32)[:, None]
 
@@ -109,31 +121,44 @@ def linear_words(
 ):
     """`llmc.quantized_linear` over codes of at most 4 bits in words `[N, 16 * BLOCKS]`.
 
-    The sum over the exact codes of a group, or of a block where groups are larger, is multiplied by its scale
-    `[N, GROUPS]` once. `DIGITS` of a block share a group of `GROUP`. Symmetric codes are stored `ZERO`
+    The sum over the exact codes of a group, or of a block where groups are larger, is multiplied once by its
+    scale `[N, GROUPS]`. `DIGITS` of a block share a group of `GROUP`. Symmetric codes are stored `ZERO`
     higher; otherwise zero points are uint8 `[N, GROUPS]`. Grid as `linear`.
     """
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     word = tl.arange(0, 16)
-    exists = column < N
-    wide_column = column.to(tl.int64)
+    held = tl.minimum(column, N - 1).to(tl.int64)
     sums = tl.zeros([BN, BM], tl.float32)
     for block in tl.range(0, BLOCKS):
-        address = wide_column[:, None] * (BLOCKS * 16) + (block * 16 + word)[None, :]
-        words = tl.load(words_ptr + address, mask=exists[:, None], other=0)
+        words = tl.load(words_ptr + held[:, None] * (BLOCKS * 16) + (block * 16 + word)[None, :])
         for first in tl.static_range(0, 4, DIGITS):  # pyright: ignore[reportGeneralTypeIssues]
-            group = (block * 128 + 32 * first) // GROUP
-            stored = exists & (group < GROUPS)
-            scale = tl.load(scales_ptr + wide_column * GROUPS + group, mask=stored, other=0.0)
-            lift = tl.full([BN], 128 + ZERO, tl.bfloat16)
-            if not SYMMETRIC:
-                zero = tl.load(zeros_ptr + wide_column * GROUPS + group, mask=stored, other=0)
-                lift = (zero.to(tl.float32) + 128.0).to(tl.bfloat16)
-            sums += word_group(
-                words, scale, lift, x_ptr, row, block * 128, M, x_stride, K, first, DIGITS, BN, BM
-            )
+            # The groups of what fills the last block do not exist, and x is 0 there.
+            group = tl.minimum((block * 128 + 32 * first) // GROUP, GROUPS - 1)
+            scale = tl.load(scales_ptr + held * GROUPS + group)
+            if SYMMETRIC:
+                lift = tl.full([1, 1], 128 + ZERO, tl.bfloat16)
+            else:
+                zero = tl.load(zeros_ptr + held * GROUPS + group).to(tl.float32)
+                lift = (zero + 128.0).to(tl.bfloat16)[:, None]
+            at = (words, scale, lift, x_ptr, row, block * 128, M)
+            sums += word_group(*at, x_stride, K, first, DIGITS, BN, BM)
     store_rows(y_ptr, bias_ptr, sums, row, column, M, N, HAS_BIAS)
+
+
+@triton.jit
+def byte_values(codes, FORM: tl.constexpr):
+    """One-byte codes as float32, exactly: int8 through the mantissa of 2**23, e4m3 by moving its fields.
+
+    Integer operations, since conversions issue at a quarter of their rate, and not every GPU has e4m3's.
+    """
+    if FORM == "int8":
+        bits = (codes.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint32) | 0x4B000000
+        return bits.to(tl.float32, bitcast=True) - 8388736.0
+    else:
+        bits = codes.to(tl.uint8, bitcast=True).to(tl.uint32)
+        moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+        return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36
 
 
 @triton.jit
@@ -147,33 +172,35 @@ def linear_bytes(
     x_stride: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    STORED: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
+    FORM: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """`llmc.quantized_linear` over symmetric one-byte codes `[N, GROUPS * GROUP]` (int8 or e4m3), scales
-    `[N, GROUPS]`.
+    """`llmc.quantized_linear` over symmetric one-byte codes `[N, STORED]`, scales `[N, GROUPS]`.
 
-    A group is summed in steps of `BK`, which divides it, and multiplied by its scale once. Grid as `linear`.
+    `FORM` is `int8` or `fp8` (e4m3, given as bytes). A group is summed in steps of `BK` and multiplied by its
+    scale once. Grid as `linear`.
     """
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     depth = tl.arange(0, BK)
-    exists = column < N
-    wide_column = column.to(tl.int64)
+    held = tl.minimum(column, N - 1).to(tl.int64)
     sums = tl.zeros([BN, BM], tl.float32)
     for group in tl.range(0, GROUPS):
         part = tl.zeros([BN, BM], tl.float32)
         for start in tl.range(0, GROUP, BK):
             k = group * GROUP + start + depth
-            address = wide_column[:, None] * (GROUPS * GROUP) + k[None, :]
-            codes = tl.load(codes_ptr + address, mask=exists[:, None], other=0.0)
-            x_mask = (row[None, :] < M) & (k[:, None] < K)
-            x = tl.load(x_ptr + row[None, :].to(tl.int64) * x_stride + k[:, None], mask=x_mask, other=0.0)
-            part = tl.dot(codes.to(tl.float32).to(x.dtype), x, part, input_precision="ieee")
-        scale = tl.load(scales_ptr + wide_column * GROUPS + group, mask=exists, other=0.0)
-        sums += part * scale.to(tl.float32)[:, None]
+            address = held[:, None] * STORED + k[None, :]
+            if GROUP % BK == 0 and GROUPS * GROUP <= STORED:
+                codes = tl.load(codes_ptr + address)
+            else:
+                codes = tl.load(codes_ptr + address, mask=k[None, :] < STORED, other=0)
+            x = load_rows(x_ptr, row, k, M, x_stride, K, GROUP % BK == 0 and GROUPS * GROUP <= K)
+            part = tl.dot(byte_values(codes, FORM).to(x.dtype), x, part, input_precision="ieee")
+        sums += part * tl.load(scales_ptr + held * GROUPS + group).to(tl.float32)[:, None]
     store_rows(y_ptr, bias_ptr, sums, row, column, M, N, HAS_BIAS)

@@ -61,6 +61,8 @@ class CudaOperators:
         last = tile.constants | {"HAS_BIAS": bias is not None}
         m = rows.shape[0]
         if parsed.bits == 8:
+            if parsed.code_type == "fp8":
+                codes = codes.view(_uint8(codes))
             values = {
                 "x_ptr": rows,
                 "codes_ptr": codes,
@@ -69,7 +71,9 @@ class CudaOperators:
                 "y_ptr": y,
                 "M": m,
             }
-            self._matrix("linear.linear_bytes", tile, values, shape | last | {"BK": _depth(group)})
+            form = "int8" if parsed.code_type == "int" else "fp8"
+            stored = {"STORED": codes.shape[1], "FORM": form, "BK": _depth(group)}
+            self._matrix("linear.linear_bytes", tile, values, shape | last | stored)
             return y
         values = {"x_ptr": rows, "words_ptr": codes, "scales_ptr": scales, "zeros_ptr": zeros}
         values |= {"bias_ptr": bias, "y_ptr": y, "M": m}
@@ -382,6 +386,11 @@ def _wider(a: Any, b: Any) -> Any:
     return a if a == b or str(a) == "torch.float32" else b
 
 
+def _uint8(x: Any) -> Any:
+    """torch.uint8, without importing torch."""
+    return x.new_empty(0).byte().dtype
+
+
 def _float32(x: Any) -> Any:
     """torch.float32, without importing torch."""
     return x.new_empty(0).float().dtype
@@ -391,7 +400,9 @@ def _expect_scheme(scheme: str, group: int, activation: str) -> None:
     parsed = parse_scheme(scheme)
     problem = ""
     if activation:
-        problem = f"its activations are quantised as {activation}"
+        problem = f"its activations are rounded as {activation}, and kernels take them in the compute dtype"
+    elif parsed.code_type not in ("int", "fp8") or parsed.block_rows:
+        problem = "its codes are a table's, or rows share their scales"
     elif parsed.bits == 8 and not parsed.symmetric:
         problem = "its one-byte codes have zero points"
     elif parsed.bits != 8 and (group % 32 or (group % 128 and group not in (32, 64))):
@@ -401,5 +412,5 @@ def _expect_scheme(scheme: str, group: int, activation: str) -> None:
             "cuda.scheme",
             f"A matrix of scheme {scheme!r} has no kernel on this target.",
             f"The reason: {problem}.",
-            "Compile with such groups and symmetric int8, or with --target reference.",
+            "Compile with int4 or int3 in groups of 32, 64 or 128, int8 or fp8; or with --target reference.",
         )

@@ -25,8 +25,8 @@ def word_codes(words_ptr, column, inside):
 def word_pairs(words, DIGIT: tl.constexpr, ROWS: tl.constexpr):
     """`128 + code` as bfloat16 `[ROWS, 32]`, for digit `DIGIT` of `words[ROWS, 16]`.
 
-    0x4300 is 128 in bfloat16, whose last 7 bits then count in ones (Kim et al. 2022, "Who says elephants
-    can't run").
+    0x4300 is 128 in bfloat16, whose last 7 bits then count in ones (after Kim et al. 2022, "Who says
+    elephants can't run").
     """
     both = ((words >> (4 * DIGIT)) & 0x000F000F) | 0x43004300
     low = both.to(tl.uint16).to(tl.bfloat16, bitcast=True)

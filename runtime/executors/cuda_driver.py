@@ -84,7 +84,8 @@ class CudaDriver:
     def launch(
         self, function: Function, grid: tuple[int, int, int], stream: int, parameters: Sequence[Any]
     ) -> None:
-        """Enqueue a launch; `parameters` are ctypes values. Raises TargetError when the driver refuses."""
+        """Enqueue a launch; `parameters` are ctypes values, to which the two scratch pointers that triton's
+        kernels take are added. Raises TargetError when the driver refuses."""
         config = _LaunchConfig(
             grid=grid,
             block=(function.threads, 1, 1),
@@ -93,7 +94,8 @@ class CudaDriver:
             attributes=None,
             num_attributes=0,
         )
-        addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(value) for value in parameters))
+        passed = [*parameters, ctypes.c_void_p(), ctypes.c_void_p()]
+        addresses = (ctypes.c_void_p * len(passed))(*(ctypes.addressof(value) for value in passed))
         self._call("cuLaunchKernelEx", ctypes.byref(config), function.handle, addresses, None)
 
     def _check_parameters(self, handle: ctypes.c_void_p, name: str, sizes: Sequence[int]) -> None:

@@ -57,7 +57,7 @@ class CudaKernels:
         self._stream = stream
         self._kernels = {k.key: k for k in unit.kernels if k.architecture == self.architecture}
         self._functions = {
-            key: _load(driver, kernel, artifact.read_bytes(kernel.file if is_native else kernel.ptx))
+            key: load_kernel(driver, kernel, artifact.read_bytes(kernel.file if is_native else kernel.ptx))
             for key, kernel in self._kernels.items()
         }
 
@@ -74,13 +74,13 @@ class CudaKernels:
                 "Report this with the model; kernels are never compiled while serving.",
             )
         parameters = [
-            _parameter(name, kind, launch.values[name]) for name, kind in self._kernels[key].parameters
+            parameter_value(name, kind, launch.values[name]) for name, kind in self._kernels[key].parameters
         ]
-        scratch = [ctypes.c_void_p(), ctypes.c_void_p()]
-        self._driver.launch(self._functions[key], launch.grid, self._stream(), [*parameters, *scratch])
+        self._driver.launch(self._functions[key], launch.grid, self._stream(), parameters)
 
 
-def _load(driver: CudaDriver, kernel: CudaKernel, code: bytes) -> Function:
+def load_kernel(driver: CudaDriver, kernel: CudaKernel, code: bytes) -> Function:
+    """The kernel from its code, held to what its launches pass."""
     sizes = [_size(kind) for _, kind in kernel.parameters] + [8, 8]
     return driver.load(code, kernel.name, warps=kernel.warps, shared_bytes=kernel.shared_bytes, sizes=sizes)
 
@@ -89,7 +89,8 @@ def _size(kind: str) -> int:
     return ctypes.sizeof(_SCALARS.get(kind, ctypes.c_void_p))
 
 
-def _parameter(name: str, kind: str, value: Any) -> Any:
+def parameter_value(name: str, kind: str, value: Any) -> Any:
+    """A value as ctypes passes it. Raises InternalError for a tensor that is not aligned."""
     if kind in _SCALARS:
         return _SCALARS[kind](value)
     address = value.data_ptr()

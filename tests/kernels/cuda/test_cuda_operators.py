@@ -40,7 +40,7 @@ def test_linear(operators, m, n, k, dtype):
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize(
     "scheme",
-    ["int4_g32", "int4_g64_asym", "int4_g128", "int3_g32", "int4_channel", "int8_g32", "int8_channel"],
+    ["int4_g32", "int4_g64_asym", "int4_g128", "int3_g32", "int4_channel", "int8_g32", "fp8_channel"],
 )
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 70, 256), (20, 33, 160)])
 def test_quantized_linear_and_embedding(operators, scheme, m, n, k, dtype):
@@ -51,6 +51,8 @@ def test_quantized_linear_and_embedding(operators, scheme, m, n, k, dtype):
     found = operators.quantized_linear(x, stored, codes.scales, codes.zeros, None, scheme)
     expected = torch.ops.llmc.quantized_linear(x.float(), *codes, None, scheme).to(dtype)
     close(found, expected)
+    if parsed.code_type == "fp8":
+        return
     ids = torch.randint(0, n, (7,))
     rows = operators.quantized_embedding(ids, stored, codes.scales, codes.zeros, scheme, k, dtype)
     name = str(dtype).removeprefix("torch.")

@@ -1,0 +1,136 @@
+"""Whole decode and prefill steps of real shapes with random weights made on the device, eager and as one
+graph."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from device import DEVICE, CompiledOnDemand, captured, replay_seconds
+
+from llmc.codegen.cuda.words import stored_weights, word_weights
+from llmc.compiler.trace import trace_config
+from llmc.ir.interpret import interpret
+from llmc.ir.paged import allocate_caches, step_inputs
+from llmc.ir.program import Program
+from llmc.kernels.cuda.operators import CudaOperators
+from llmc.kernels.cuda.substitution import substitute
+from llmc.passes.base import PassContext
+from llmc.passes.manager import run_passes
+from llmc.passes.recipes import override, preset_recipe
+from llmc.runtime.executors.tiles import SequencePart
+from llmc.spec.target import parse_target
+
+SHAPES = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+    },
+}
+# Recipes that need no data, as a preset and changes to it.
+RECIPES = {"bf16": ("none", ()), "int4_g128": ("int8", ("rtn.bits=4", "rtn.group_size=128"))}
+PAGE = 64
+VOCABULARY = 128256
+
+
+def program_of(shape: str, scheme: str) -> Program:
+    """The final program of a shape, weights unbound."""
+    from transformers import LlamaConfig
+
+    tied = shape == "llama-3.2-1b"
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        num_key_value_heads=8,
+        max_position_embeddings=16384,
+        tie_word_embeddings=tied,
+        **SHAPES[shape],
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    program = trace_config(config, dtype=torch.bfloat16, max_context=16384)
+    context = PassContext(target=parse_target("cuda:sm_90"), max_model_len=16384)
+    preset, changes = RECIPES[scheme]
+    return run_passes(program, override(preset_recipe(preset), changes).passes, context, [])
+
+
+def random_weights(program: Program) -> dict[str, torch.Tensor]:
+    """Tensors by the name that the program reads, in the form that kernels read."""
+    words = word_weights(program)
+    names = list(program.used_weights())
+    stored = stored_weights({name: program.weights[name] for name in names}, words)
+    shapes = stored | {word.codes: stored[word.stored] for word in words}
+    return {name: _random(shapes[name].shape, shapes[name].dtype) for name in names}
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    if dtype.is_floating_point:
+        return (torch.randn(shape, device=DEVICE, dtype=torch.float32) * 0.02).to(dtype)
+    limits = torch.iinfo(dtype)
+    return torch.randint(limits.min, limits.max, shape, device=DEVICE, dtype=dtype)
+
+
+class Stepper:
+    """One program on the device: steps of given batch and context, eager or captured."""
+
+    def __init__(self, shape: str, scheme: str, launcher: CompiledOnDemand, tokens: int) -> None:
+        self.program = program_of(shape, scheme)
+        assert self.program.cache is not None
+        self.layout = self.program.cache
+        self.weights = random_weights(self.program)
+        self.weight_bytes = sum(t.nbytes for t in {t.data_ptr(): t for t in self.weights.values()}.values())
+        pages = [-(-tokens // PAGE) + 64 for _ in self.layout.groups]
+        self.caches = {name: t.to(DEVICE) for name, t in allocate_caches(self.layout, pages).items()}
+        self.graph = substitute(self.program.graph, CudaOperators(launcher))
+
+    def step(self, batch: int, context: int, new: int = 1):
+        """A callable that runs a step of `batch` sequences with `new` tokens each behind `context - new`
+        others."""
+        per_sequence = -(-context // PAGE)
+        parts = [
+            SequencePart(
+                start=context - new,
+                token_ids=[7] * new,
+                block_tables=[
+                    list(range(index * per_sequence, (index + 1) * per_sequence)) for _ in self.layout.groups
+                ],
+                wanted=[new - 1],
+            )
+            for index in range(batch)
+        ]
+        inputs = {
+            name: value.to(DEVICE) for name, value in step_inputs(self.layout, parts).items()
+        } | self.caches
+        return lambda: interpret(self.graph, inputs, self.weights.__getitem__)
+
+
+def step_times(shape: str, scheme: str, launcher: CompiledOnDemand) -> dict:
+    """Milliseconds and share of the bytes' bandwidth: decode at batch 1, 8 and 64, prefill of 2048 tokens."""
+    stepper = Stepper(shape, scheme, launcher, tokens=64 * 1024 + 4096)
+    found: dict = {"weight_gb": stepper.weight_bytes / 1e9}
+    for batch, context in ((1, 256), (1, 8192), (8, 1024), (64, 1024)):
+        began = time.perf_counter()
+        step = stepper.step(batch, context)
+        graph = captured(step)
+        capture_s = time.perf_counter() - began
+        seconds = replay_seconds(graph)
+        cache = stepper.layout.bytes_per_token * batch * context
+        found[f"decode b{batch} ctx{context}"] = {
+            "ms": seconds * 1e3,
+            "tok_s": batch / seconds,
+            "gb_s": (stepper.weight_bytes + cache) / seconds / 1e9,
+            "capture_s": capture_s,
+        }
+    prefill = stepper.step(1, 2048, new=2048)
+    prefill()
+    torch.cuda.synchronize()
+    seconds = replay_seconds(captured(prefill), repeats=3)
+    parameters = sum(w.numel() for w in stepper.weights.values() if w.dim() > 1)
+    found["prefill 2048"] = {"ms": seconds * 1e3, "tok_s": 2048 / seconds, "stored_parameters": parameters}
+    return found
