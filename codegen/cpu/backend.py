@@ -58,7 +58,7 @@ class Backend:
         """
         compiler = find_compiler()
         source = generate(program, max_tokens=MAX_TOKENS, max_logit_rows=MAX_LOGIT_ROWS)
-        levels = LEVELS[::-1]
+        levels = LEVELS  # the slowest takes longest to compile, and goes first
         headers = header_digest()
 
         def compile_level(level: Level) -> bytes:

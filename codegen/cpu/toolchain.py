@@ -34,7 +34,7 @@ def find_compiler() -> Compiler:
     for name in (asked,) if asked else _CANDIDATES:
         path = shutil.which(name)
         if path is not None:
-            told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            told = _run([path, "--version"])
             return Compiler(path, told.stdout.partition("\n")[0])
     missing = (
         f"{asked!r} (from CXX) is not an executable" if asked else f"none of {', '.join(_CANDIDATES)} is"
@@ -64,18 +64,37 @@ def header_digest() -> str:
 def compile_library(compiler: Compiler, source: str, level: Level) -> bytes:
     """The shared library of `source` for an ISA level. Nothing is left behind.
 
-    Raises TargetError with the compiler's first complaint.
+    Raises TargetError with the compiler's first complaint, or when there is no room for its files.
     """
-    with tempfile.TemporaryDirectory(prefix="llmc-cpp-") as folder:
-        text, library = Path(folder) / "model.cpp", Path(folder) / "model.so"
-        text.write_text(source)
-        # -x and a fixed name: no path of this machine may reach the library.
-        command = [compiler.path, *compile_flags(level), f"-ffile-prefix-map={folder}=.", f"-I{HEADERS}"]
-        command += [str(text), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise _refused(compiler, level.name, done.stderr)
-        return library.read_bytes()
+    try:
+        with tempfile.TemporaryDirectory(prefix="llmc-cpp-") as folder:
+            return _compile_in(Path(folder), compiler, source, level)
+    except OSError as error:
+        raise TargetError(
+            "cpu.compiler_files",
+            f"The generated code could not be compiled for {level.name}.",
+            f"A temporary file could not be written or read: {error.strerror or error}.",
+            f"Make room in {tempfile.gettempdir()}, or point TMPDIR elsewhere.",
+        ) from error
+
+
+def _compile_in(folder: Path, compiler: Compiler, source: str, level: Level) -> bytes:
+    text, library = folder / "model.cpp", folder / "model.so"
+    text.write_text(source)
+    # A fixed name: no path of this machine may reach the library.
+    command = [compiler.path, *compile_flags(level), f"-ffile-prefix-map={folder}=.", f"-I{HEADERS}"]
+    done = _run([*command, str(text), "-o", str(library)])
+    if done.returncode != 0 or not library.is_file():
+        raise _refused(compiler, level.name, done.stderr)
+    return library.read_bytes()
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the compiler; one that cannot be started is a refusal, not a crash."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return subprocess.CompletedProcess(command, 127, "", f"error: {command[0]}: {error.strerror}")
 
 
 def _refused(compiler: Compiler, level: str, output: str) -> TargetError:
