@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folders = {name: Path(path) for name, _, path in (text.partition("=") for text in arguments.folders)}
     record = Record("onnx_speed")
-    scratch = Path(tempfile.mkdtemp(dir=next(iter(folders.values())).parent))
+    scratch = Path(tempfile.mkdtemp(dir=next(iter(folders.values())).resolve().parent))
     try:
         models = {name: open_model(path, arguments.threads, scratch) for name, path in folders.items()}
         for model in models.values():
@@ -78,7 +78,7 @@ def main() -> None:
     finally:
         shutil.rmtree(scratch)
     rows = {
-        name: {key: min(sample[key] for sample in samples) for key in samples[0]}
+        name: {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
         | {"bytes": sum(path.stat().st_size for path in folders[name].rglob("*") if path.is_file())}
         for name, samples in found.items()
     }
