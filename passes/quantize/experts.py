@@ -21,7 +21,6 @@ from .finite import finite_weight
 from .linears import Inputs, Streams
 from .moments import SecondMoments
 from .rounding import Method
-from .segments import Segment
 from .selection import Choice, scheme_of
 from .solved import Result
 from .walk import raised
@@ -31,11 +30,12 @@ _FEWEST_TOKENS = 256
 
 
 def solve_experts(
-    program: Program, streams: Streams, segment: Segment, choices: Mapping[str, Choice], method: Method
+    program: Program, streams: Streams, moe: fx.Node, choices: Mapping[str, Choice], method: Method
 ) -> dict[str, Result]:
-    """Results for both stacks of weights of the mixture that `segment` starts with. Experts make up for no
-    drift: which tokens are theirs drifts as well."""
-    moe = segment.sites[0]
+    """Results for both stacks of weights of the mixture `moe`, which starts the segment that comes next.
+
+    Experts make up for no drift: which tokens are theirs drifts as well.
+    """
     names = [str(argument(moe, part).target) for part in ("gate_up", "down")]
     schemes = [scheme_of(choices[name]) for name in names]
     stacks = [finite_weight(program, name) for name in names]

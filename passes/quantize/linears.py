@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,6 @@ from .finite import finite_weight
 from .moments import Drift, SecondMoments
 from .propagation import DAMPING, Propagation
 from .rounding import Method, Rounded, round_matrix
-from .segments import Segment
 from .selection import Choice, scheme_of
 from .solved import Result
 from .walk import Walk
@@ -31,18 +30,23 @@ class Streams(NamedTuple):
 
 
 def solve_linears(
-    program: Program, streams: Streams, segment: Segment, choices: Mapping[str, Choice], method: Method
+    program: Program,
+    streams: Streams,
+    linears: Sequence[fx.Node],
+    choices: Mapping[str, Choice],
+    method: Method,
 ) -> dict[str, Result]:
-    """Results for the weights of all linears of `segment`, which comes next in both streams."""
-    assert segment.x is not None
-    names = dict.fromkeys(str(argument(site, "weight").target) for site in segment.sites)
+    """Results for the weights of `linears`, which read one value, in the segment that comes next in both
+    streams."""
+    x: fx.Node = argument(linears[0], "x")
+    names = dict.fromkeys(str(argument(linear, "weight").target) for linear in linears)
     weights = {name: finite_weight(program, name) for name in names}
     width = next(iter(weights.values())).shape[-1]
     moments = SecondMoments(width)
-    for value in streams.now.values(segment.x):
+    for value in streams.now.values(x):
         moments.observe(value.reshape(-1, width))
     inputs = Inputs(moments.gram(), method)
-    pulls = _pulls(streams, segment.x, weights) if streams.before is not None else {}
+    pulls = _pulls(streams, x, weights) if streams.before is not None else {}
     return {
         name: inputs.solve(name, weight, scheme_of(choices[name]), pulls.get(name))
         for name, weight in weights.items()

@@ -2,7 +2,8 @@
 
     … add_rms_norm │ linear → rope → attention │ linear → add_rms_norm │ linear → gated_activation │ linear …
 
-Each segment starts with products of one input, which is then among the values that cross the cut. Knows
+Each segment starts with products of one input, which is then among the values that cross the cut; a mixture
+of experts starts one of its own, since its choices must cross as well. Knows
 which values depend on tokens; knows no layer names and no numbers.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..fuse_linears import LINEAR
-from ..graph import argument, calls
+from ..graph import argument, calls, is_call
 from .replace import MOE
 
 
@@ -43,7 +44,7 @@ def cut_segments(graph: fx.Graph, sites: Sequence[fx.Node]) -> list[Segment]:
     for node in graph.nodes:
         if node not in data:
             continue
-        if node in wanted and argument(node, "x") is not inputs[-1]:
+        if node in wanted and (is_call(node, MOE) or argument(node, "x") is not inputs[-1]):
             inputs.append(argument(node, "x"))
         place[node] = place[node.args[0]] if _is_part(node) else len(inputs) - 1
     own = [[node for node in place if place[node] == index] for index in range(len(inputs))]

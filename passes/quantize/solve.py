@@ -17,6 +17,7 @@ from ...ir.quantized import dequantize_rows
 from ...ir.weights import Expr
 from ...spec.history import LayerError
 from ..calibration import Calibration
+from ..fuse_linears import LINEAR
 from ..graph import argument, is_call
 from .experts import solve_experts
 from .finite import finite_weight
@@ -128,9 +129,13 @@ class _Solver:
         if segment.x is None:
             tables = [name for name in self.chosen if self._choices[name].role in _TABLE_ROLES]
             return {name: self.by_weight(name) for name in tables}
+        found: dict[str, Result] = {}
+        linears = [site for site in segment.sites if is_call(site, LINEAR)]
         if is_call(segment.sites[0], MOE):
-            return solve_experts(self._program, streams, segment, self._choices, self._method)
-        return solve_linears(self._program, streams, segment, self._choices, self._method)
+            found |= solve_experts(self._program, streams, segment.sites[0], self._choices, self._method)
+        if linears:
+            found |= solve_linears(self._program, streams, linears, self._choices, self._method)
+        return found
 
     def values(self, name: str, result: Result) -> Tensor:
         """What the codes of a weight stand for, in float32; a table in its own dtype."""

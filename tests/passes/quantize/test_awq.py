@@ -47,7 +47,7 @@ def loss(program, exact):
 
 
 def test_scaling_changes_no_logit(toy, tmp_path):
-    program = toy()
+    program = planted(toy(hidden=64, ffn=96))
     done = run(program, tmp_path, Awq(bits=3, group_size=32))
     record = done.history[-1]
     assert record.matches >= 4
