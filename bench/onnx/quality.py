@@ -27,8 +27,9 @@ TEXT = REPOSITORY / "tests" / "data" / "stories-heldout.txt"
 MOST_TOKENS = 256
 
 
-def logprobs(session: Any, ids: list[int]) -> NDArray[np.float64]:
-    """Log-probabilities `[tokens, vocab]` of one text."""
+def logprobs(session: Any, cache: tuple[int, ...], ids: list[int]) -> NDArray[np.float64]:
+    """Log-probabilities `[tokens, vocab]` of one text; `cache` are the dimensions of an empty cache, for
+    graphs that do not say them."""
     feeds: dict[str, NDArray[Any]] = {
         "input_ids": np.asarray([ids]),
         "attention_mask": np.ones((1, len(ids)), np.int64),
@@ -37,19 +38,25 @@ def logprobs(session: Any, ids: list[int]) -> NDArray[np.float64]:
         if entry.name == "out_rows":
             feeds["out_rows"] = np.arange(len(ids))
         elif entry.name.startswith("past"):
-            feeds[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+            dims = [
+                size if isinstance(size, int) else default
+                for size, default in zip(entry.shape, cache, strict=True)
+            ]
+            feeds[entry.name] = np.zeros((1, dims[1], 0, dims[3]), np.float32)
     logits = session.run(["logits"], feeds)[0].reshape(len(ids), -1).astype(np.float64)
     top = logits.max(-1, keepdims=True)
     return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
-def open_graph(folder: Path) -> Any:
-    """The graph of a folder that gives the logits of every token."""
+def open_graph(folder: Path) -> tuple[Any, tuple[int, ...]]:
+    """The graph of a folder that gives the logits of every token, and the dimensions of an empty cache."""
+    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     name = "engine.onnx" if (folder / "engine.onnx").exists() else "model.onnx"
-    return onnxruntime.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
+    return session, (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
 
 
 def main() -> None:
@@ -65,11 +72,11 @@ def main() -> None:
     stories = [story.strip("\n") for story in TEXT.read_text().split("<|endoftext|>") if story.strip()]
     texts = [tokenizer.encode(story).ids[:MOST_TOKENS] for story in stories[: arguments.stories]]
     reference = open_graph(arguments.reference)
-    told = [logprobs(reference, ids) for ids in texts]
+    told = [logprobs(*reference, ids) for ids in texts]
     rows: dict[str, dict[str, float]] = {}
     for name, folder in folders.items():
-        session = open_graph(folder)
-        found = [logprobs(session, ids) for ids in texts]
+        graph = open_graph(folder)
+        found = [logprobs(*graph, ids) for ids in texts]
         pairs = list(zip(told, found, strict=True))
         kl = np.concatenate([(np.exp(a) * (a - b)).sum(-1) for a, b in pairs])
         same = np.concatenate([a.argmax(-1) == b.argmax(-1) for a, b in pairs])
