@@ -43,7 +43,7 @@ def artifact(stories_1m, tmp_path_factory):
     keys = {"artifact", "target", "recipe", "seconds", "size_bytes", "bits_per_weight", "quality", "passes"}
     assert keys <= set(report)
     assert {"perplexity", "reference_perplexity", "kl_mean", "kl_p99", "same_top"} <= set(report["quality"])
-    assert {"name", "seconds", "matches"} == set(report["passes"][0])
+    assert {"name", "seconds", "matches", "cached"} == set(report["passes"][0])
     assert report["artifact"] == str(path)
     return path
 
