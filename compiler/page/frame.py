@@ -19,7 +19,8 @@ small { display: block; color: var(--soft); font-size: .78em; } p { margin: .5re
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; width: 100%; }
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-tr:last-child > * { border-bottom: 0; } tr:first-child th:not(:only-of-type) { color: var(--soft); font-weight: 500; }
+tr:last-child > * { border-bottom: 0; }
+tr:first-child th:not(:only-of-type) { color: var(--soft); font-weight: 500; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 blockquote { margin: .5rem 0; padding: .6rem .8rem; background: var(--panel); border-radius: .5rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }

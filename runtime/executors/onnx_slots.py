@@ -1,5 +1,5 @@
-"""Where pages of block tables lie when every sequence has a buffer of its own, a slot, as ONNX's attention wants
-it: in the slot that wrote them, or in a store of pages once that slot was given to another sequence.
+"""Where pages of block tables lie when every sequence has a buffer of its own, a slot, as ONNX's attention
+wants it: in the slot that wrote them, or in a store of pages once that slot was given to another sequence.
 Decides what must be copied before a step; moves nothing and knows no tensors."""
 
 from __future__ import annotations
