@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.pure
 
-NOT_SHIPPED = {"tests", "bench", "docs", "build", "dist"}
+NOT_SHIPPED = {"tests", "bench", "docs", "examples", "build", "dist"}
 
 
 def is_hidden(path):

@@ -1,0 +1,1 @@
+"""A pass for llmc that lives outside of it."""
