@@ -24,6 +24,13 @@ from .output import Output, with_output
 @click.option("--max-waiting", type=int, metavar="N", help="Most sequences that wait beyond those.")
 @click.option("--max-model-len", type=int, metavar="N", help="Most tokens of prompt and output.")
 @click.option("--cache-bytes", type=int, metavar="BYTES", help="Memory for keys and values.")
+@click.option(
+    "--response-cache",
+    "response_cache_bytes",
+    type=int,
+    metavar="BYTES",
+    help="Memory for responses of greedy and seeded requests, to answer the same ones at once.",
+)
 @click.option("--json-logs", is_flag=True, default=None, help="Log lines as JSON objects.")
 @click.option("--access-log", is_flag=True, default=None, help="Log every request.")
 @with_output

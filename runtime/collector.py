@@ -31,6 +31,7 @@ class Collector:
         self._parts = [_Parts() for _ in session.requests]
         self._prompt_logprobs: list[TokenLogprob] = []
         self._num_cached_tokens = 0
+        self._is_replayed = False
 
     def take(self, chunk: StreamChunk) -> bool:
         """Adds a chunk; True when it was the last of the request."""
@@ -45,6 +46,7 @@ class Collector:
         if chunk.finish_reason is None:
             return False
         parts.end = chunk
+        self._is_replayed = chunk.is_replayed
         self._num_cached_tokens = max(self._num_cached_tokens, chunk.num_cached_tokens)
         return all(each.end is not None for each in self._parts)
 
@@ -57,6 +59,7 @@ class Collector:
             completions=tuple(_completion(index, parts) for index, parts in enumerate(self._parts)),
             prompt_logprobs=tuple(self._prompt_logprobs),
             num_cached_tokens=self._num_cached_tokens,
+            is_replayed=self._is_replayed,
         )
 
 

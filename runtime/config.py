@@ -20,7 +20,8 @@ class RuntimeConfig:
     `max_model_len` None means as many tokens as the model and the cache allow. `draft_tokens` is the most
     tokens speculated at once, found by matching the last `ngram_min` to `ngram_max` tokens or by the
     executor's draft model. `draft` is the path of an artifact that drafts: it makes `speculation` draft.
-    `num_threads` is for the executor, 0 means one per core.
+    `num_threads` is for the executor, 0 means one per core. `response_cache_bytes` are for finished responses
+    of greedy and seeded requests, which the same request gets again without being computed; 0 keeps none.
     """
 
     cache_bytes: int = 0
@@ -37,6 +38,7 @@ class RuntimeConfig:
     draft: str | None = None
     timeout_s: float | None = None
     num_threads: int = 0
+    response_cache_bytes: int = 0
 
     def validate(self) -> None:
         """Raises UsageError for a value out of its range, naming field, value and range."""
@@ -49,6 +51,7 @@ class RuntimeConfig:
             "ngram_min": 1,
             "ngram_max": 1,
             "num_threads": 0,
+            "response_cache_bytes": 0,
         }
         for item in fields(self):
             value: object = getattr(self, item.name)

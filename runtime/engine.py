@@ -26,6 +26,7 @@ from .request import (
     finish,
     preempt,
 )
+from .response_cache import ResponseStats
 from .scheduler import Chunk, Decision, Limits, Scheduler
 from .speculation import Speculator, make_speculator
 from .step import Step, build_plan, check_result, describe, row_entry
@@ -36,7 +37,8 @@ Clock = Callable[[], float]
 @dataclass(slots=True)
 class EngineStats:
     """Counts since the start. `accepted_at[i]` is how many drafts at place i were accepted, `drafted_at[i]`
-    how many were verified; `speculation_error` is why drafting was given up, if it was."""
+    how many were verified; `speculation_error` is why drafting was given up, if it was. `responses` is
+    counted by whoever answers requests before they get here."""
 
     num_steps: int = 0
     num_failed_steps: int = 0
@@ -48,6 +50,7 @@ class EngineStats:
     drafted_at: list[int] = field(default_factory=list[int])
     accepted_at: list[int] = field(default_factory=list[int])
     speculation_error: str | None = None
+    responses: ResponseStats = field(default_factory=ResponseStats)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from .outputs import GenerationOutput, StreamChunk
 from .params import SamplingParams
 from .protocol import Executor
 from .request import Request
+from .response_cache import is_deterministic, response_key
 from .session import Session, Sink
 from .structured import StructuredOutput
 from .tokenizer import Tokenizer
@@ -42,7 +43,7 @@ class LLM:
     Without `params`, the model's own generation defaults hold, and output goes up to the context length.
 
     All methods may be called from any thread. `draw_seed` gives the seed of a request that has none; `costs`
-    decide when speculation pays, and without them it always drafts.
+    decide when speculation pays, and without them it always drafts. `digest` identifies the artifact.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class LLM:
         config: RuntimeConfig | None = None,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
         costs: SpeculationCosts | None = None,
+        digest: str = "",
     ) -> None:
         self.engine = Engine(executor, config, costs=costs)
         self._executor_name = executor.caps.name
@@ -65,6 +67,7 @@ class LLM:
         self._grammars: GrammarCompiler | None = None
         self._loop = EngineLoop(self.engine)
         self._draw_seed = draw_seed
+        self._digest = digest
         self._numbers = itertools.count()
         self._names = itertools.count()
 
@@ -186,10 +189,12 @@ class LLM:
         *,
         priority: int = 0,
         timeout_s: float | None = None,
+        seed_is_drawn: bool = False,
     ) -> Session:
         """Queues a request whose chunks go to `sink`, which the engine's thread calls and must not be held
-        up by. An exception it is given is the end of the whole request."""
-        session = self._session(prompt, params, sink, request_id, priority, timeout_s)
+        up by. An exception it is given is the end of the whole request. `seed_is_drawn`: the seed of `params`
+        is nobody's choice, and the response need not be kept for a second time."""
+        session = self._session(prompt, params, sink, request_id, priority, timeout_s, seed_is_drawn)
         self._loop.submit(session)
         return session
 
@@ -241,6 +246,7 @@ class LLM:
         request_id: str | None,
         priority: int,
         timeout_s: float | None,
+        seed_is_drawn: bool = False,
     ) -> Session:
         """A checked session, not yet queued."""
         params = params or self.default_params()
@@ -270,7 +276,9 @@ class LLM:
         ]
         check_request(requests[0], self.limits, 0)
         name = request_id if request_id is not None else f"request-{next(self._names)}"
-        return Session(name, requests, params, self.tokenizer, sink, self.engine.now_s)
+        keeps = self.engine.config.response_cache_bytes > 0 and is_deterministic(params, seed_is_drawn)
+        key = response_key(self._digest, requests, params) if keeps else None
+        return Session(name, requests, params, self.tokenizer, sink, self.engine.now_s, key)
 
     def _compile(self, wanted: StructuredOutput) -> Grammar:
         """The compiler reads the vocabulary once, when the first request needs it."""

@@ -81,7 +81,8 @@ def load(
         tokenizer = Tokenizer.from_folder(artifact.tokenizer_folder) if has_tokenizer else None
         ledger.mark("tokenizer")
         costs = measure_costs(executor, config) if config.speculation != "none" else None
-        llm = LLM(executor, tokenizer, artifact.manifest.spec, config, costs=costs)
+        manifest = artifact.manifest
+        llm = LLM(executor, tokenizer, manifest.spec, config, costs=costs, digest=manifest.checksum)
         ledger.mark("engine")
     return llm
 

@@ -1,5 +1,5 @@
-"""The thread that owns an engine: takes commands, steps while there is work, hands outputs to sessions. Knows
-no prompts and no parameters."""
+"""The thread that owns an engine: takes commands, steps while there is work, hands outputs to sessions, and
+answers from the response cache what is known there. Knows no prompts and no parameters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from ..spec.errors import InternalError, LlmcError, RequestError
 from .engine import Engine
 from .request import FinishReason
+from .response_cache import ResponseCache
 from .session import Session
 
 Command = Callable[[], None]
@@ -24,6 +25,8 @@ class EngineLoop:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        max_bytes = engine.config.response_cache_bytes
+        self._responses = ResponseCache(max_bytes, engine.stats.responses) if max_bytes else None
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._sessions: dict[int, Session] = {}
         self._by_name: dict[str, Session] = {}
@@ -120,8 +123,12 @@ class EngineLoop:
 
     def _forget(self, number: int) -> None:
         session = self._sessions.pop(number, None)
-        if session is not None and not session.open_ids:
-            self._by_name.pop(session.request_id, None)
+        if session is None or session.open_ids:
+            return
+        self._by_name.pop(session.request_id, None)
+        if self._responses is not None and session.recorder is not None:
+            self._responses.keep(session.recorder)
+            session.recorder = None
 
     def _add(self, session: Session) -> None:
         if self._failure is not None:
@@ -136,6 +143,8 @@ class EngineLoop:
                     "Names must be unique while a request lives.",
                     "Choose another request_id, or leave it out.",
                 )
+            if self._replay(session):
+                return
             for request in session.requests:
                 self._engine.add_request(request)
                 added.append(request.request_id)
@@ -146,6 +155,18 @@ class EngineLoop:
             return
         self._by_name[session.request_id] = session
         self._sessions.update(dict.fromkeys(added, session))
+
+    def _replay(self, session: Session) -> bool:
+        """Answers with the response that the same request had before. False where none is known: then it is
+        written down while it is made, if it may be kept."""
+        if self._responses is None or session.response_key is None:
+            return False
+        chunks = self._responses.get(session.response_key)
+        if chunks is None:
+            session.recorder = self._responses.recorder(session.response_key)
+            return False
+        session.replay(chunks)
+        return True
 
     def _abort(self, request_id: str) -> None:
         session = self._by_name.get(request_id)

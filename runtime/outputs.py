@@ -13,7 +13,8 @@ class StreamChunk:
     """News of completion number `index` of one request. Text may come later than its tokens, never before.
     `stop_reason` is the stop string or token id that ended it; `error` is one line for reason ERROR.
     `num_cached_tokens` of the prompt came from the prefix cache; `time_s` is the engine's clock, and so is
-    `admitted_s`, when it left the queue for the first time."""
+    `admitted_s`, when it left the queue for the first time. `is_replayed`: it comes from the response cache,
+    and all of the prompt counts as cached."""
 
     request_id: str
     index: int = 0
@@ -27,6 +28,7 @@ class StreamChunk:
     num_cached_tokens: int = 0
     admitted_s: float | None = None
     time_s: float = 0.0
+    is_replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,8 @@ class Completion:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOutput:
     """All completions of one prompt; the properties are those of the first. `prompt_logprobs` has one
-    entry for each prompt token but the first, when asked for."""
+    entry for each prompt token but the first, when asked for. `is_replayed`: nothing was computed, the same
+    request was answered before."""
 
     request_id: str
     prompt: str | None
@@ -62,6 +65,7 @@ class GenerationOutput:
     completions: tuple[Completion, ...]
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    is_replayed: bool = False
 
     @property
     def text(self) -> str:

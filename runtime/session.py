@@ -10,6 +10,7 @@ from .detokenize import Detokenizer
 from .outputs import StreamChunk
 from .params import SamplingParams
 from .request import FinishReason, Request, RequestOutput
+from .response_cache import Recorder, ReplayChunk
 from .stops import StopMatcher
 from .tokenizer import Tokenizer
 
@@ -61,7 +62,8 @@ class _Completion:
 class Session:
     """Turns what the engine says about a caller's `n` requests into chunks for `sink`.
 
-    Every completion ends exactly once, with a chunk that has a `finish_reason`.
+    Every completion ends exactly once, with a chunk that has a `finish_reason`. `response_key` is what a
+    deterministic response is known by, None for any other; `recorder`, where set, hears every chunk too.
     """
 
     def __init__(
@@ -72,11 +74,14 @@ class Session:
         tokenizer: Tokenizer | None,
         sink: Sink,
         clock: Callable[[], float],
+        response_key: bytes | None = None,
     ) -> None:
         self.request_id = request_id
         self.requests = tuple(requests)
         self._sink = sink
         self._clock = clock
+        self.response_key = response_key
+        self.recorder: Recorder | None = None
         self._completions = {
             request.request_id: _Completion(
                 index, request, TextState(tokenizer, request.prompt_token_ids, params)
@@ -112,23 +117,48 @@ class Session:
                 stop_reason = token_ids[-1] if token_ids else None
         completion.is_open = reason is None
         if text or token_ids or output.prompt_logprobs or reason is not None:
+            chunk = StreamChunk(
+                request_id=self.request_id,
+                index=completion.index,
+                text=text,
+                token_ids=token_ids,
+                logprobs=output.logprobs[:num_kept],
+                prompt_logprobs=output.prompt_logprobs,
+                finish_reason=reason,
+                stop_reason=stop_reason,
+                error=finished.error if finished is not None else None,
+                num_cached_tokens=output.num_cached_tokens,
+                admitted_s=output.admitted_s,
+                time_s=self._clock(),
+            )
+            if self.recorder is not None:
+                self.recorder.add(chunk)
+            self._sink(chunk)
+        return matched is not None and finished is None
+
+    def replay(self, chunks: Sequence[ReplayChunk]) -> None:
+        """Tells a whole response that is known already, in the pieces it was made in."""
+        num_prompt_tokens = self.requests[0].num_prompt_tokens
+        now_s = self._clock()
+        for completion in self._completions.values():
+            completion.is_open = False
+        for chunk in chunks:
             self._sink(
                 StreamChunk(
                     request_id=self.request_id,
-                    index=completion.index,
-                    text=text,
-                    token_ids=token_ids,
-                    logprobs=output.logprobs[:num_kept],
-                    prompt_logprobs=output.prompt_logprobs,
-                    finish_reason=reason,
-                    stop_reason=stop_reason,
-                    error=finished.error if finished is not None else None,
-                    num_cached_tokens=output.num_cached_tokens,
-                    admitted_s=output.admitted_s,
-                    time_s=self._clock(),
+                    index=chunk.index,
+                    text=chunk.text,
+                    token_ids=chunk.token_ids,
+                    logprobs=chunk.logprobs,
+                    prompt_logprobs=chunk.prompt_logprobs,
+                    finish_reason=chunk.finish_reason,
+                    stop_reason=chunk.stop_reason,
+                    num_cached_tokens=num_prompt_tokens,
+                    admitted_s=now_s,
+                    time_s=now_s,
+                    is_replayed=True,
                 )
             )
-        return matched is not None and finished is None
 
     def fail(self, error: Exception) -> None:
         """The engine is gone, or refused the request: the caller gets the error itself."""

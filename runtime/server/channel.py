@@ -90,6 +90,9 @@ class LocalChannel:
             num_corrupted=stats.num_corrupted,
             drafted_at=tuple(stats.drafted_at),
             accepted_at=tuple(stats.accepted_at),
+            num_response_hits=stats.responses.num_hits,
+            num_response_misses=stats.responses.num_misses,
+            response_bytes=stats.responses.num_bytes,
             failure=None if failure is None else f"{type(failure).__name__}: {failure}",
         )
 
@@ -109,6 +112,7 @@ class LocalChannel:
             request_id,
             priority=command.priority,
             timeout_s=command.timeout_s,
+            seed_is_drawn=command.seed_is_drawn,
         )
 
     def _say(self, event: Event) -> None:

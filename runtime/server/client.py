@@ -82,6 +82,7 @@ class EngineClient:
                     params=params,
                     priority=plan.priority,
                     timeout_s=plan.timeout_s,
+                    seed_is_drawn=plan.seed_is_drawn,
                 )
             )
         return mailbox

@@ -22,7 +22,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     answer. `channel` is where its engine runs: in this process (`local`), in a child (`process`), or `auto`,
     a child where a device fault can end the process. `tool_format` and `reasoning_format` say how the model
     writes tool calls and thoughts; `auto` reads its chat template. `draft` is the artifact of a smaller model
-    that drafts for it. Settings that are None are the server's.
+    that drafts for it. `response_cache_bytes` bounds the memory for responses of greedy and seeded requests,
+    which are answered from there when they are asked again. Settings that are None are the server's.
     """
 
     artifact: str
@@ -39,6 +40,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_threads: Annotated[int, msgspec.Meta(ge=0)] | None = None
     timeout_s: Seconds | None = None
     draft: str | None = None
+    response_cache_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
     @property
     def served_name(self) -> str:
@@ -91,6 +93,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_threads: Annotated[int, msgspec.Meta(ge=0)] | None = None
     timeout_s: Seconds | None = None
     draft: str | None = None
+    response_cache_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
     def validate(self) -> None:
         """Raises UsageError for settings that do not fit together."""

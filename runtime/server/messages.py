@@ -12,13 +12,14 @@ from ..params import SamplingParams
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Generate `params.n` completions of one prompt under the name `request_id`, unique among the living.
-    `timeout_s` counts from when the engine reads this."""
+    `timeout_s` counts from when the engine reads this; `seed_is_drawn` where the caller has chosen none."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     priority: int = 0
     timeout_s: float | None = None
+    seed_is_drawn: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -66,7 +67,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
 class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Where an engine stands. Counts are since its start; `kv_usage` is the share of pages in use in the
     fullest cache group; `num_preempted` of those waiting have run before; `failure` is set when the engine
-    serves no more, `is_starting` while it is being started again."""
+    serves no more, `is_starting` while it is being started again. `response_bytes` are held by the response
+    cache, which had so many hits and misses."""
 
     num_running: int
     num_waiting: int
@@ -82,6 +84,9 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     failure: str | None = None
     is_starting: bool = False
     num_restarts: int = 0
+    num_response_hits: int = 0
+    num_response_misses: int = 0
+    response_bytes: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -18,7 +18,15 @@ from .channel import EngineChannel, LocalChannel
 from .config import ModelConfig, ServerConfig
 from .process_channel import ProcessChannel, engine_command
 
-_ENGINE_SETTINGS = ("max_requests", "max_model_len", "cache_bytes", "num_threads", "timeout_s", "draft")
+_ENGINE_SETTINGS = (
+    "max_requests",
+    "max_model_len",
+    "cache_bytes",
+    "num_threads",
+    "timeout_s",
+    "draft",
+    "response_cache_bytes",
+)
 
 
 class Opened(NamedTuple):

@@ -38,7 +38,7 @@ _DIRECT = (
 class Plan:
     """`prompts[i]` is generated with `params[i]`. Choice number i * n + j is completion j of prompt i.
     `hides_output`: one token is computed for the sake of the prompt's logprobs, and not shown. `style` is
-    how the answer is read."""
+    how the answer is read. `seed_is_drawn`: the request brought no seed."""
 
     prompts: tuple[tuple[int, ...], ...]
     params: tuple[SamplingParams, ...]
@@ -46,6 +46,7 @@ class Plan:
     timeout_s: float | None = None
     hides_output: bool = False
     style: SpeechStyle = field(default_factory=SpeechStyle)
+    seed_is_drawn: bool = False
 
     @property
     def n(self) -> int:
@@ -234,6 +235,7 @@ def _plan(
         priority=request.priority,
         timeout_s=request.timeout_s,
         hides_output=hides_output,
+        seed_is_drawn=drawn is not None,
     )
 
 

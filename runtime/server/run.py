@@ -189,11 +189,12 @@ class Run:
         metrics.ttft_s.observe(chunk.time_s - self.arrival_s)
         metrics.queue_s.observe(max(0.0, sequence.admitted_s - self.arrival_s))
         metrics.prefill_s.observe(chunk.time_s - sequence.admitted_s)
-        metrics.prefix_queries.inc(len(self.plan.prompts[piece.prompt]))
-        metrics.prefix_hits.inc(chunk.num_cached_tokens)
         metrics.recent.ttft_s.append(chunk.time_s - self.arrival_s)
-        metrics.recent.num_prefix_queries += len(self.plan.prompts[piece.prompt])
-        metrics.recent.num_prefix_hits += chunk.num_cached_tokens
+        if not chunk.is_replayed:
+            metrics.prefix_queries.inc(len(self.plan.prompts[piece.prompt]))
+            metrics.prefix_hits.inc(chunk.num_cached_tokens)
+            metrics.recent.num_prefix_queries += len(self.plan.prompts[piece.prompt])
+            metrics.recent.num_prefix_hits += chunk.num_cached_tokens
         if chunk.index == 0:
             metrics.prompt_tokens_cached.inc(chunk.num_cached_tokens)
             metrics.recent.prompt_tokens.add(len(self.plan.prompts[piece.prompt]))

@@ -47,6 +47,10 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: Percentiles | None
     itl_s: Percentiles | None
     prefix_hit_rate: float | None
+    response_hit_rate: float | None
+    response_hits: int
+    response_misses: int
+    response_bytes: int
     acceptance: float | None
     prompt_lengths: list[tuple[int, int]]
     output_lengths: list[tuple[int, int]]
@@ -95,6 +99,7 @@ def _model_status(model: ServedModel, now_s: float) -> ModelStatus:
     recent = model.metrics.recent
     drafted = sum(snapshot.drafted_at)
     queries = recent.num_prefix_queries
+    asked = snapshot.num_response_hits + snapshot.num_response_misses
     history = recent.tokens.history()
     return ModelStatus(
         name=model.name,
@@ -109,6 +114,10 @@ def _model_status(model: ServedModel, now_s: float) -> ModelStatus:
         ttft_s=percentiles(recent.ttft_s),
         itl_s=percentiles(recent.itl_s),
         prefix_hit_rate=recent.num_prefix_hits / queries if queries else None,
+        response_hit_rate=snapshot.num_response_hits / asked if asked else None,
+        response_hits=snapshot.num_response_hits,
+        response_misses=snapshot.num_response_misses,
+        response_bytes=snapshot.response_bytes,
         acceptance=sum(snapshot.accepted_at) / drafted if drafted else None,
         prompt_lengths=recent.prompt_lengths.bars(),
         output_lengths=recent.output_lengths.bars(),

@@ -1,0 +1,273 @@
+"""The response cache: the same answer without a step, never another one, never more bytes than allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import queue
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from llmc.runtime.config import RuntimeConfig
+from llmc.runtime.executors.simulated import Faults, SimulatedExecutor, simulated_caps
+from llmc.runtime.llm import LLM
+from llmc.runtime.outputs import StreamChunk
+from llmc.runtime.params import SamplingParams
+from llmc.runtime.protocol import SamplingState
+from llmc.runtime.request import FinishReason, Request
+from llmc.runtime.response_cache import ResponseCache, ResponseStats, response_key
+from llmc.runtime.structured import StructuredOutput
+from llmc.runtime.tokenizer import GenerationDefaults, Tokenizer
+from llmc.spec.errors import UsageError
+from llmc.spec.model import ModelSpec
+
+pytestmark = pytest.mark.pure
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+SPEC = ModelSpec(
+    family="simulated",
+    architecture="Simulated",
+    num_layers=1,
+    hidden_size=1,
+    vocab_size=29,
+    max_context=128,
+    compute_dtype="float32",
+    tied_head=False,
+    num_parameters=0,
+    attention=(),
+    eos_token_ids=(28,),
+)
+
+
+def letters():
+    symbols = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ"]
+    backend = tokenizers.Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>"])
+    return Tokenizer(backend, {"eos_token": "<eos>"}, GenerationDefaults(eos_token_ids=(28,)))
+
+
+def make(response_cache_bytes=1 << 20, faults=None):
+    executor = SimulatedExecutor(simulated_caps(max_rows=4, max_in_flight=2), faults)
+    config = RuntimeConfig(response_cache_bytes=response_cache_bytes)
+    draw_seed = iter(range(10**6)).__next__
+    return LLM(executor, letters(), SPEC, config, draw_seed=draw_seed, digest="one")
+
+
+@pytest.fixture
+def llm():
+    with make() as made:
+        yield made
+
+
+def content(output):
+    """All of a result that does not depend on when it was made."""
+    plain = [dataclasses.replace(each, ttft_s=None, e2e_s=0.0) for each in output.completions]
+    return output.prompt_token_ids, plain, output.prompt_logprobs
+
+
+def stream(llm, prompt, params):
+    async def run():
+        return [chunk async for chunk in llm.stream(prompt, params)]
+
+    return asyncio.run(run())
+
+
+def counts(llm):
+    stats = llm.engine.stats.responses
+    return stats.num_hits, stats.num_misses
+
+
+SEEDED = dataclasses.replace(GREEDY, temperature=1.0, seed=5)
+TWICE = {
+    "greedy": GREEDY,
+    "end token": SamplingParams(temperature=0.0, max_tokens=60),
+    "seeded": SEEDED,
+    "several": dataclasses.replace(SEEDED, n=3),
+    "logprobs": dataclasses.replace(GREEDY, logprobs=3, prompt_logprobs=True),
+    "stop string": dataclasses.replace(SEEDED, stop=("a", "e", "i", "o", "u"), n=2),
+    "stop token": dataclasses.replace(SEEDED, stop_token_ids=tuple(range(5, 12))),
+    "odd stop": dataclasses.replace(GREEDY, stop=("\ud800",)),
+    "form": dataclasses.replace(SEEDED, structured=StructuredOutput(regex="[a-c]{3,9}x")),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_the_second_answer_is_the_first_without_a_step(llm, name):
+    first = llm.generate("hello", TWICE[name])[0]
+    num_steps, num_finished = llm.engine.stats.num_steps, dict(llm.engine.stats.finished)
+    second = llm.generate("hello", TWICE[name])[0]
+    assert content(second) == content(first)
+    assert (first.is_replayed, second.is_replayed) == (False, True)
+    assert second.num_cached_tokens == len(second.prompt_token_ids)
+    assert llm.engine.stats.num_steps == num_steps
+    assert llm.engine.stats.finished == num_finished
+    assert counts(llm) == (1, 1)
+
+
+def test_a_stream_gets_the_pieces_the_response_was_made_in(llm):
+    params = dataclasses.replace(SEEDED, n=2, logprobs=1, stop=("e",))
+    first, second = stream(llm, "hello", params), stream(llm, "hello", params)
+
+    def lasting(chunk):
+        return dataclasses.replace(
+            chunk, request_id="", time_s=0.0, admitted_s=None, num_cached_tokens=0, is_replayed=False
+        )
+
+    assert list(map(lasting, second)) == list(map(lasting, first))
+    assert len(second) > 2
+    assert {chunk.request_id for chunk in second} != {chunk.request_id for chunk in first}
+    assert all(chunk.is_replayed for chunk in second)
+
+
+OTHERS = {
+    "max_tokens": 19,
+    "repetition_penalty": 1.5,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "stop": ("zzz",),
+    "stop_token_ids": (3,),
+    "seed": 6,
+    "n": 2,
+    "logprobs": 0,
+    "prompt_logprobs": True,
+    "ignore_eos": False,
+    "min_tokens": 3,
+    "logit_bias": {4: 1.0},
+    "skip_special_tokens": False,
+    "structured": StructuredOutput(regex="[a-z]{30}"),
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+}
+
+
+def test_every_parameter_tells_requests_apart(llm):
+    assert set(OTHERS) == {field.name for field in dataclasses.fields(SamplingParams)}
+    base = dataclasses.replace(SEEDED, ignore_eos=True)
+    llm.generate("hello", base)
+    for name, value in OTHERS.items():
+        before = counts(llm)
+        llm.generate("hello", dataclasses.replace(base, **{name: value}))
+        assert counts(llm) == (0, before[1] + 1), f"{name} was overlooked"
+    llm.generate("hellp", base)
+    assert counts(llm)[0] == 0
+    llm.generate("hello", base)
+    assert counts(llm)[0] == 1
+
+
+def test_the_key_names_the_artifact_and_ignores_who_asks():
+    def key(digest="a", params=GREEDY, **fields):
+        request = Request(
+            request_id=fields.pop("number", 0),
+            prompt_token_ids=fields.pop("prompt", (1, 2)),
+            max_tokens=20,
+            sampling=SamplingState(**fields.pop("sampling", {})),
+            **fields,
+        )
+        return response_key(digest, [request], params)
+
+    assert key() != key("b")
+    assert key() == key(number=7, priority=3, deadline_s=5.0, key="me", arrival_s=2.0)
+    assert key(sampling={"seed": 1}) == key(sampling={"seed": 2})
+    seeded = {"temperature": 1.0, "seed": 1}
+    assert key(sampling=seeded) != key(sampling={**seeded, "seed": 2})
+    assert len({key(prompt=ids) for ids in ((1, 2), (12,), (2, 1), (1, 2, 1))}) == 4
+    split = [dataclasses.replace(GREEDY, stop=stop) for stop in (("a", "b"), ("ab",), ("a', 'b",), ())]
+    assert len({key(params=params) for params in split}) == 4
+
+
+def test_what_is_sampled_without_a_seed_is_never_kept(llm):
+    unseeded = dataclasses.replace(GREEDY, temperature=1.0)
+    texts = {llm.generate("hello", unseeded)[0].text for _ in range(3)}
+    assert len(texts) == 3
+    assert counts(llm) == (0, 0)
+    told = queue.SimpleQueue()
+    for _ in range(2):
+        llm.submit("hello", dataclasses.replace(unseeded, seed=9), told.put, seed_is_drawn=True)
+        while (chunk := told.get(timeout=10)).finish_reason is None:
+            assert not chunk.is_replayed
+    assert counts(llm) == (0, 0)
+
+
+def test_without_bytes_there_is_no_cache():
+    with make(response_cache_bytes=0) as off:
+        assert not any(off.generate("hello", GREEDY)[0].is_replayed for _ in range(2))
+        assert off.engine.stats.responses == ResponseStats()
+    with pytest.raises(UsageError, match="response_cache_bytes"):
+        RuntimeConfig(response_cache_bytes=-1).validate()
+
+
+def test_bad_endings_are_not_kept():
+    faults = Faults(nan_requests={0})
+    with make(faults=faults) as llm:
+        assert llm.generate("hello", GREEDY)[0].finish_reason is FinishReason.ERROR
+        late = llm.generate("hello", dataclasses.replace(GREEDY, max_tokens=100), timeout_s=1e-9)[0]
+        assert late.finish_reason is FinishReason.TIMEOUT
+
+        async def leave():
+            async for _ in llm.stream("hello", dataclasses.replace(GREEDY, max_tokens=90)):
+                break
+
+        asyncio.run(leave())
+        assert not llm.generate("hello", dataclasses.replace(GREEDY, max_tokens=90))[0].is_replayed
+        assert not llm.generate("hello", GREEDY)[0].is_replayed
+        assert llm.generate("hello", GREEDY)[0].is_replayed
+        assert llm.engine.stats.responses.num_responses == 2
+
+
+def chunk_of(text, reason=None):
+    return StreamChunk(request_id="x", text=text, token_ids=tuple(range(len(text))), finish_reason=reason)
+
+
+@given(
+    st.integers(0, 3000),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 900)), max_size=60),
+)
+def test_bytes_stay_bounded_and_the_last_used_stay(max_bytes, events):
+    """Against the plainest model: a list in order of use."""
+    stats = ResponseStats()
+    cache = ResponseCache(max_bytes, stats)
+    order: list[tuple[bytes, int, str]] = []
+    for number, size in events:
+        key = bytes([number])
+        known = next((each for each in order if each[0] == key), None)
+        found = cache.get(key)
+        assert (found is None) == (known is None)
+        if known is not None:
+            assert "".join(chunk.text for chunk in found) == known[2]
+            order.remove(known)
+            order.append(known)
+            continue
+        recorder = cache.recorder(key)
+        text = "x" * size
+        recorder.add(chunk_of(text[: size // 2]))
+        recorder.add(chunk_of(text[size // 2 :], FinishReason.LENGTH))
+        before = stats.num_bytes
+        num_evictions = stats.num_evictions
+        cache.keep(recorder)
+        assert 0 <= stats.num_bytes <= max_bytes
+        if cache._responses.get(key) is None:
+            assert stats.num_bytes == before, "what is not kept must push nothing out"
+            continue
+        del order[: stats.num_evictions - num_evictions]
+        order.append((key, size, text))
+        assert [each[0] for each in order] == list(cache._responses)
+        assert stats.num_responses == len(order)
+
+
+def test_small_caches_let_the_oldest_go():
+    with make(response_cache_bytes=1500) as llm:
+        for prompt in ("aa", "bb", "cc", "dd"):
+            llm.generate(prompt, GREEDY)
+        assert llm.generate("dd", GREEDY)[0].is_replayed
+        assert not llm.generate("aa", GREEDY)[0].is_replayed
+        stats = llm.engine.stats.responses
+        assert stats.num_evictions >= 2
+        assert stats.num_bytes <= 1500
