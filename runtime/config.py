@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -22,6 +23,12 @@ class RuntimeConfig:
     executor's draft model. `draft` is the path of an artifact that drafts: it makes `speculation` draft.
     `num_threads` is for the executor, 0 means one per core. `response_cache_bytes` are for finished responses
     of greedy and seeded requests, which the same request gets again without being computed; 0 keeps none.
+
+    `order` ranks the waiting requests of one key. With `fairness` the key that was served least comes first:
+    its computed prompt tokens times `prompt_weight` and generated tokens times `output_weight`. A prompt with
+    more than `long_prompt_tokens` that are not cached is a long job (0: none is): together these get
+    `long_share` of the prompt tokens of a step, and what others leave over. What has waited for `max_wait_s`
+    is passed by no later request of its key; None for no such bound.
     """
 
     cache_bytes: int = 0
@@ -31,6 +38,12 @@ class RuntimeConfig:
     max_model_len: int | None = None
     prefix_cache: bool = True
     order: Literal["hrrn", "fcfs", "priority"] = "hrrn"
+    fairness: bool = True
+    prompt_weight: float = 1.0
+    output_weight: float = 2.0
+    long_prompt_tokens: int = 0
+    long_share: float = 0.5
+    max_wait_s: float | None = None
     speculation: Literal["none", "ngram", "draft"] = "none"
     draft_tokens: int = 4
     ngram_min: int = 2
@@ -51,6 +64,7 @@ class RuntimeConfig:
             "ngram_min": 1,
             "ngram_max": 1,
             "num_threads": 0,
+            "long_prompt_tokens": 0,
             "response_cache_bytes": 0,
         }
         for item in fields(self):
@@ -69,8 +83,14 @@ class RuntimeConfig:
             raise _invalid("order", self.order, f"one of {', '.join(ORDERS)}")
         if self.speculation not in SPECULATIONS:
             raise _invalid("speculation", self.speculation, f"one of {', '.join(SPECULATIONS)}")
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise _invalid("timeout_s", self.timeout_s, "above 0")
+        for name, weight in (("prompt_weight", self.prompt_weight), ("output_weight", self.output_weight)):
+            if not 0 < weight < math.inf:
+                raise _invalid(name, weight, "a finite number above 0")
+        if not 0 < self.long_share < 1:
+            raise _invalid("long_share", self.long_share, "above 0 and below 1")
+        for name, seconds in (("timeout_s", self.timeout_s), ("max_wait_s", self.max_wait_s)):
+            if seconds is not None and not seconds > 0:
+                raise _invalid(name, seconds, "above 0")
 
 
 def _invalid(name: str, value: object, allowed: str) -> UsageError:

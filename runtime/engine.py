@@ -14,6 +14,7 @@ from .admission import check_request, make_limits
 from .blocks import BlockManager
 from .config import RuntimeConfig
 from .draft_policy import SpeculationCosts
+from .fairness import FairShare
 from .order import make_order
 from .protocol import Executor, RowDiff, RowResult, Ticket, TokenLogprob
 from .request import (
@@ -87,14 +88,19 @@ class Engine:
         self.blocks = BlockManager(caps.cache, caps.num_blocks, self.config.prefix_cache)
         self.limits = make_limits(self.config, caps, self.blocks.max_sequence_tokens)
         self._speculator = speculator or make_speculator(self.config, executor, costs)
+        self.fairness = FairShare(self.config.prompt_weight, self.config.output_weight)
         self._scheduler = Scheduler(
             self.blocks,
             Limits(
                 max_rows=self.limits.max_requests,
                 max_step_tokens=self.limits.max_step_tokens,
                 run_ahead=self._speculator is None,
+                long_prompt_tokens=self.config.long_prompt_tokens,
+                long_share=self.config.long_share,
+                max_wait_s=self.config.max_wait_s,
             ),
-            make_order(self.config.order),
+            make_order(self.config.order, self.config.max_wait_s),
+            self.fairness if self.config.fairness else None,
         )
         self._max_in_flight = caps.max_in_flight
         self._waiting: dict[int, WaitingRequest] = {}
@@ -146,6 +152,7 @@ class Engine:
             num_uncached=len(token_ids) - cached,
             grammar=request.grammar.start() if request.grammar is not None else None,
         )
+        self.fairness.arrive(request.key)
         if request.deadline_s is not None:
             heapq.heappush(self._deadlines, (request.deadline_s, request.request_id))
 
@@ -235,6 +242,7 @@ class Engine:
             request = admit(waiting, heapq.heappop(self._rows), blocks, hit.num_tokens)
             if request.admitted_s is None:
                 request.admitted_s = self._clock()
+                self.fairness.admit(request.request.key, len(waiting.token_ids) - hit.num_tokens)
             del self._waiting[request.request.request_id]
             self._running[request.request.request_id] = request
             entered.append(request)
@@ -289,6 +297,7 @@ class Engine:
             request.num_scheduled = end
             self._count_drafts(len(draft_ids), row.num_accepted)
         token_ids, reason = self._append(request, row.token_ids) if samples else ((), None)
+        self.fairness.generate(request.request.key, len(token_ids))
         request.num_computed = min(end, len(request.token_ids))
         self.blocks.commit(request.blocks, request.token_ids, request.num_computed)
         prompt_logprobs = self._prompt_logprobs(chunk, row) if row.prompt_logprobs else ()
@@ -375,6 +384,8 @@ class Engine:
             self._release(entry)
         else:
             del self._waiting[entry.request.request_id]
+            if entry.admitted_s is None:
+                self.fairness.leave(entry.request.key)
         self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
         self.stats.num_generated_tokens += len(finished.output_token_ids)
         self._outputs.append(

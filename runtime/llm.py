@@ -190,11 +190,13 @@ class LLM:
         priority: int = 0,
         timeout_s: float | None = None,
         seed_is_drawn: bool = False,
+        owner: str = "",
     ) -> Session:
         """Queues a request whose chunks go to `sink`, which the engine's thread calls and must not be held
         up by. An exception it is given is the end of the whole request. `seed_is_drawn`: the seed of `params`
-        is nobody's choice, and the response need not be kept for a second time."""
-        session = self._session(prompt, params, sink, request_id, priority, timeout_s, seed_is_drawn)
+        is nobody's choice, and the response need not be kept for a second time. Between
+        requests of different `owner` the engine is fair."""
+        session = self._session(prompt, params, sink, request_id, priority, timeout_s, seed_is_drawn, owner)
         self._loop.submit(session)
         return session
 
@@ -247,6 +249,7 @@ class LLM:
         priority: int,
         timeout_s: float | None,
         seed_is_drawn: bool = False,
+        owner: str = "",
     ) -> Session:
         """A checked session, not yet queued."""
         params = params or self.default_params()
@@ -269,6 +272,7 @@ class LLM:
                 arrival_s=arrival_s,
                 deadline_s=None if timeout_s is None else arrival_s + timeout_s,
                 priority=priority,
+                key=owner,
                 prompt_logprobs=params.prompt_logprobs and index == 0,
                 grammar=grammar,
             )

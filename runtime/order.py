@@ -40,8 +40,26 @@ def preempted_first(order: Order) -> Order:
     return key
 
 
-def make_order(name: str) -> Order:
-    """The policy called `name` in RuntimeConfig.order. Priorities outrank past preemption."""
-    if name == "priority":
-        return priority
-    return preempted_first({"hrrn": hrrn, "fcfs": fcfs}[name])
+def overdue_first(order: Order, max_wait_s: float) -> Order:
+    """`order` behind a first class for requests that have waited `max_wait_s` or more, as they came."""
+
+    def key(waiting: WaitingRequest, now_s: float) -> SortKey:
+        if is_overdue(waiting, now_s, max_wait_s):
+            return (0.0, *fcfs(waiting, now_s))
+        return (1.0, *order(waiting, now_s))
+
+    return key
+
+
+def is_overdue(waiting: WaitingRequest, now_s: float, max_wait_s: float | None) -> bool:
+    """Whether a request has waited as long as it may be passed by others; None is for ever."""
+    return max_wait_s is not None and now_s - waiting.request.arrival_s >= max_wait_s
+
+
+def make_order(name: str, max_wait_s: float | None = None) -> Order:
+    """The policy called `name` in RuntimeConfig.order. Priorities outrank past preemption; having waited
+    for `max_wait_s` outranks priorities."""
+    order = {"priority": priority, "hrrn": hrrn, "fcfs": fcfs}[name]
+    if max_wait_s is not None:
+        order = overdue_first(order, max_wait_s)
+    return order if name == "priority" else preempted_first(order)

@@ -64,7 +64,7 @@ class Request:
 
     At most `max_tokens` tokens are generated; one of `stop_token_ids` ends it earlier, once `min_tokens`
     (of `sampling`) are there. A lower `priority` runs first where the order looks at it. `key` names the
-    client. `grammar` is the form the answer must have, None for any.
+    client, for fairness between clients. `grammar` is the form the answer must have, None for any.
     """
 
     request_id: int

@@ -113,6 +113,7 @@ class LocalChannel:
             priority=command.priority,
             timeout_s=command.timeout_s,
             seed_is_drawn=command.seed_is_drawn,
+            owner=command.owner,
         )
 
     def _say(self, event: Event) -> None:

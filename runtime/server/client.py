@@ -69,8 +69,8 @@ class EngineClient:
         """Begins to listen. Call it in the event loop."""
         self._channel.connect(self._deliver)
 
-    def open(self, plan: Plan) -> Mailbox:
-        """Sends a request for each prompt of `plan`."""
+    def open(self, plan: Plan, owner: str) -> Mailbox:
+        """Sends a request for each prompt of `plan`, in the name of an API key's owner."""
         names = [f"r{next(self._numbers)}" for _ in plan.prompts]
         mailbox = Mailbox(names)
         self._mailboxes.update(dict.fromkeys(names, mailbox))
@@ -83,6 +83,7 @@ class EngineClient:
                     priority=plan.priority,
                     timeout_s=plan.timeout_s,
                     seed_is_drawn=plan.seed_is_drawn,
+                    owner=owner,
                 )
             )
         return mailbox

@@ -23,7 +23,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     a child where a device fault can end the process. `tool_format` and `reasoning_format` say how the model
     writes tool calls and thoughts; `auto` reads its chat template. `draft` is the artifact of a smaller model
     that drafts for it. `response_cache_bytes` bounds the memory for responses of greedy and seeded requests,
-    which are answered from there when they are asked again. Settings that are None are the server's.
+    which are answered from there when they are asked again. `fairness`, `long_prompt_tokens`,
+    `long_share` and `max_wait_s` say who goes first, as in RuntimeConfig. Settings that are None are the
+    server's.
     """
 
     artifact: str
@@ -41,6 +43,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     timeout_s: Seconds | None = None
     draft: str | None = None
     response_cache_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    fairness: bool | None = None
+    long_prompt_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    long_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
+    max_wait_s: Seconds | None = None
 
     @property
     def served_name(self) -> str:
@@ -94,6 +100,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     timeout_s: Seconds | None = None
     draft: str | None = None
     response_cache_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    fairness: bool | None = None
+    long_prompt_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    long_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
+    max_wait_s: Seconds | None = None
 
     def validate(self) -> None:
         """Raises UsageError for settings that do not fit together."""

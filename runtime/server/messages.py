@@ -12,7 +12,8 @@ from ..params import SamplingParams
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Generate `params.n` completions of one prompt under the name `request_id`, unique among the living.
-    `timeout_s` counts from when the engine reads this; `seed_is_drawn` where the caller has chosen none."""
+    `timeout_s` counts from when the engine reads this; `seed_is_drawn` where the caller has chosen none.
+    `owner` is the name of the API key it came with, empty without keys."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -20,6 +21,7 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     priority: int = 0
     timeout_s: float | None = None
     seed_is_drawn: bool = False
+    owner: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):

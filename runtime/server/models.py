@@ -26,6 +26,10 @@ _ENGINE_SETTINGS = (
     "timeout_s",
     "draft",
     "response_cache_bytes",
+    "fairness",
+    "long_prompt_tokens",
+    "long_share",
+    "max_wait_s",
 )
 
 

@@ -77,7 +77,7 @@ class Run:
         self._cached_tokens = [0] * len(plan.prompts)
         self._num_open = plan.num_sequences
         self._is_closed = False
-        self._mailbox = client.open(plan)
+        self._mailbox = client.open(plan, place.key)
         for prompt, params in zip(plan.prompts, plan.params, strict=True):
             metrics.request_prompt_tokens.observe(len(prompt))
             metrics.max_tokens.observe(params.max_tokens or 0)

@@ -55,8 +55,19 @@ class History(RuleBasedStateMachine):
         max_in_flight=st.integers(1, 3),
         max_step_tokens=st.sampled_from([4, 9, 40]),
         prefix_cache=st.booleans(),
+        long_prompt_tokens=st.sampled_from([0, 6]),
+        max_wait_s=st.sampled_from([None, 5.0]),
     )
-    def start(self, groups, speculation, max_in_flight, max_step_tokens, prefix_cache):
+    def start(
+        self,
+        groups,
+        speculation,
+        max_in_flight,
+        max_step_tokens,
+        prefix_cache,
+        long_prompt_tokens,
+        max_wait_s,
+    ):
         self.groups = groups
         self.clock = 0.0
         self.fail_submit = self.fail_collect = False
@@ -70,6 +81,8 @@ class History(RuleBasedStateMachine):
             speculation=speculation,
             prefix_cache=prefix_cache,
             ngram_min=1,
+            long_prompt_tokens=long_prompt_tokens,
+            max_wait_s=max_wait_s,
         )
         self.engine = Engine(self.executor, config, lambda: self.clock)
         self.requests: dict[int, Request] = {}
@@ -123,6 +136,7 @@ class History(RuleBasedStateMachine):
             max_tokens=max_tokens,
             sampling=sampling,
             arrival_s=self.clock,
+            key="abc"[number % 3],
             deadline_s=None if timeout is None else self.clock + timeout,
         )
         self.engine.add_request(request)
@@ -200,6 +214,7 @@ class History(RuleBasedStateMachine):
         assert self.engine.blocks.available() == list(self.executor.caps.num_blocks)
         assert sum(self.engine.stats.finished.values()) == len(self.requests)
         assert sorted(self.engine._rows) == [0, 1, 2, 3]
+        assert not self.engine.fairness._waiting
         self.engine.close()
 
 

@@ -191,6 +191,11 @@ def test_every_parameter_has_a_field_of_the_same_name():
         ("draft_tokens", 0),
         ("ngram_max", 1),
         ("timeout_s", 0.0),
+        ("max_wait_s", -1.0),
+        ("prompt_weight", 0.0),
+        ("output_weight", float("inf")),
+        ("long_prompt_tokens", -1),
+        ("long_share", 1.0),
     ],
 )
 def test_settings_out_of_range_are_named(name, value):

@@ -120,6 +120,35 @@ def test_a_key_has_its_own_bound(serve):
     assert too_many.status_code == 429
 
 
+def test_two_keys_share_the_engine_by_what_they_were_served(serve, tmp_path):
+    """Requests carry their key's owner into the engine, and one key's queue does not hold up another's."""
+    file = tmp_path / "keys"
+    file.write_text("greedy: first-key\nmodest: second-key\n")
+    running = serve(runtime=None, caps={"max_rows": 1})
+    running.state.keys = read_keys(file)
+    running.executor.delay_s = 0.05
+    order = []
+
+    def ask(key):
+        headers = {"authorization": f"Bearer {key}"}
+        answer = running.http.post(f"{running.url}/v1/completions", json=LONG, headers=headers)
+        order.append((key, answer.status_code))
+
+    engine = running.llm.engine
+    held = [in_background(lambda: ask("first-key")) for _ in range(6)]
+    wait_for(lambda: engine.num_waiting + engine.num_running == 6)
+    held.append(in_background(lambda: ask("second-key")))
+    wait_for(lambda: engine.num_waiting + engine.num_running == 7)
+    running.executor.delay_s = 0.0
+    for thread, _ in held:
+        thread.join(30)
+    assert ("second-key", 200) in order[:3]
+    assert order.count(("first-key", 200)) == 6
+    assert 6 * 200 < engine.fairness.served("greedy") <= 6 * (200 + 5)
+    assert engine.fairness.served("modest") > 200
+    assert engine.fairness.served("") == 0.0
+
+
 def test_operators_bounds_on_tokens(serve):
     running = serve(max_prompt_tokens=10, max_output_tokens=20, max_sequences=4)
     for fields, code in (

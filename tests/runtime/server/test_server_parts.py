@@ -103,6 +103,7 @@ def test_idle_time_does_not_slow_the_advice():
                 prompt_token_ids=(1, 2),
                 params=SamplingParams(max_tokens=3, stop=("a",), logit_bias={5: -1.5}, seed=2**64 - 1),
                 timeout_s=1.5,
+                owner="alice",
             ),
             messages.Command,
         ),

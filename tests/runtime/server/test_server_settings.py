@@ -83,6 +83,9 @@ def test_a_model_has_settings_of_its_own():
     own = runtime_config(ModelConfig(artifact="a", max_requests=2), config)
     assert (own.max_requests, own.timeout_s, own.max_waiting) == (2, 5.0, 5)
     assert runtime_config(ModelConfig(artifact="a"), config).max_requests == 8
+    turns = ServerConfig(fairness=False, long_prompt_tokens=512, long_share=0.25, max_wait_s=60.0)
+    own = runtime_config(ModelConfig(artifact="a", long_share=0.75), turns)
+    assert (own.fairness, own.long_prompt_tokens, own.long_share, own.max_wait_s) == (False, 512, 0.75, 60.0)
 
 
 @pytest.fixture
