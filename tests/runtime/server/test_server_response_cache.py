@@ -1,4 +1,4 @@
-"""The response cache through the server: the same answers again, whole and streamed, and numbers that tell."""
+"""The response cache through the server: the same answers again, whole and streamed, and true numbers."""
 
 from __future__ import annotations
 
