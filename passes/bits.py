@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from ..ir.program import Program
+from ..ir.quantized import part_dtype, part_shape
 from ..ir.weights import Coded, Expr
+from ..spec.quant import QuantScheme
 
 
 def bits_per_weight(program: Program) -> float:
@@ -23,3 +26,11 @@ def bits_per_weight(program: Program) -> float:
 def num_parameters(expr: Expr) -> int:
     """Parameters that one stored tensor stands for; scales and zero points stand for none."""
     return expr.num_parameters if isinstance(expr, Coded) else prod(expr.shape)
+
+
+def coded_bytes(shape: Sequence[int], scheme: QuantScheme) -> int:
+    """Stored bytes of a weight `[..., N, K]` in `scheme`: codes with padding, scales, zero points."""
+    parts = ("codes", "scales") if scheme.symmetric else ("codes", "scales", "zeros")
+    return sum(
+        prod(part_shape(tuple(shape), scheme, part)) * part_dtype(scheme, part).itemsize for part in parts
+    )

@@ -15,6 +15,7 @@ from .quantize.awq import Awq
 from .quantize.fp8 import Fp8
 from .quantize.gptq import Gptq
 from .quantize.keep_codes import KeepCodes
+from .quantize.mixed_precision import MixedPrecision
 from .quantize.round_inputs import RoundInputs
 from .quantize.rtn import Rtn
 from .quantize.scale_search import ScaleSearch
@@ -60,6 +61,11 @@ def round_calibrated(
     return (Gptq(bits=bits, group_size=group_size, symmetric=symmetric, rounds=rounds, expect=1),)
 
 
+def round_within(budget: float) -> tuple[Pass, ...]:
+    """The same with a scheme for each weight, so that all take `budget` bits on average."""
+    return (MixedPrecision(budget=budget, expect=1),)
+
+
 def round_to_fp8() -> tuple[Pass, ...]:
     """Weights and the inputs of their products to 8-bit floats."""
     return (Fp8(expect=1),)
@@ -91,7 +97,7 @@ def plan() -> tuple[Pass, ...]:
 
 def _quantisers() -> tuple[Pass, ...]:
     integers = (*round_nearest(4, 32), *round_searched(4, 32), *round_calibrated(4, 32))
-    return (Smooth(), Awq(), *integers, *round_to_fp8(), RoundInputs())
+    return (Smooth(), Awq(), *integers, *round_within(4.5), *round_to_fp8(), RoundInputs())
 
 
 # Every pass of llmc, in the order above.

@@ -19,6 +19,7 @@ from .pipeline import (
     round_nearest,
     round_searched,
     round_to_fp8,
+    round_within,
 )
 
 
@@ -64,6 +65,11 @@ def int4_small() -> tuple[Pass, ...]:
 def int4_max() -> tuple[Pass, ...]:
     """4-bit weights with zero points in groups of 32, by more rounds of descent."""
     return _with(round_calibrated(4, 32, symmetric=False, rounds=6))
+
+
+def mixed() -> tuple[Pass, ...]:
+    """4 and 8 bits as each weight's influence on the output deserves, 4.5 bits a weight altogether."""
+    return _with(round_within(4.5))
 
 
 def int3() -> tuple[Pass, ...]:
@@ -116,6 +122,12 @@ PRESETS: tuple[Preset, ...] = (
         summary="the best 4-bit weights: groups of 32 with zero points, calibrated longest",
         build=int4_max,
         max_kl=0.2,
+    ),
+    Preset(
+        name="mixed",
+        summary="a size to keep to (--set mixed_precision.budget=4.25): bits where they matter, calibrated",
+        build=mixed,
+        max_kl=0.4,
     ),
     Preset(
         name="int3",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.program import Program
-from ...ir.quantized import dequantize_rows
+from ...ir.quantized import QTensor, dequantize_rows
 from ...ir.weights import Expr
 from ...spec.history import LayerError
 from ..calibration import Calibration
@@ -121,8 +121,13 @@ class _Solver:
         """One weight by itself, a matrix or a stack of them."""
         weight = finite_weight(self._program, name)
         rounded = round_matrix(weight.flatten(0, -2), scheme_of(self._choices[name]), self._method)
+        codes, scales, zeros = (
+            None if part is None else part.unflatten(0, weight.shape[:-1]) for part in rounded.tensor
+        )
+        assert codes is not None
+        assert scales is not None
         error = LayerError(subject=name, error=rounded.error, nearest_error=rounded.nearest_error)
-        return Result(rounded.tensor, error, "")
+        return Result(QTensor(codes, scales, zeros), error, "")
 
     def by_data(self, streams: Streams, segment: Segment) -> dict[str, Result]:
         """All weights of one segment; of the first, which has no products, the tables."""

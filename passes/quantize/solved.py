@@ -28,7 +28,7 @@ from ...spec.history import LayerError
 from ...spec.quant import QuantScheme
 
 # Raised whenever the same inputs would give other codes: results of other versions are not taken up.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

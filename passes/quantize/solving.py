@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ...ir.program import Program
 from ...ir.weights import Expr
 from ...spec.errors import RecipeError
 from ...spec.quant import QuantScheme
 from ..base import PassContext, PassReport, PassResult
+from ..calibration import Calibration
 from .replace import parts_of
 from .rounding import Method
-from .selection import WeightOptions, decisions_on, misses_of, replace_weights
+from .selection import Choice, WeightOptions, decisions_on, misses_of, replace_weights
 from .solve import solve_with_data, solve_without_data
 
 
@@ -21,27 +24,33 @@ def run_solver(
     When only planning, weights are left to be rounded to nearest. Raises RecipeError when tokens are
     needed and there are none.
     """
+    choices = options.choices(program.copy_graph(), program)
+    return run_choices(options.name, choices, program, context, method, data=data)
+
+
+def run_choices(
+    name: str,
+    choices: Mapping[str, Choice],
+    program: Program,
+    context: PassContext,
+    method: Method,
+    *,
+    data: bool,
+) -> PassResult:
+    """As `run_solver`, for pass `name`, with a choice made for each weight already."""
     graph = program.copy_graph()
-    choices = options.choices(graph, program)
     matches = sum(choice.scheme is not None for choice in choices.values())
     misses = misses_of(program, choices)
     if context.planning:
         done = replace_weights(program, graph, choices, parts_of)
         planned = PassReport(matches=matches, decisions=decisions_on(choices), misses=misses)
         return PassResult(program=done, report=planned)
-    calibration = context.calibration
-    if calibration is None or (data and not calibration.sequences):
-        raise RecipeError(
-            "recipe.no_calibration",
-            f"Pass {options.name!r} has no calibration data.",
-            "It finds codes by what tokens bring to each layer, and the compile was given none.",
-            "Give the pass context a Calibration, or use scale_search with data=false.",
-        )
+    calibration = require_calibration(name, context, data=data)
     solve = solve_with_data if data else solve_without_data
     solutions = solve(program, choices, method, calibration)
 
-    def parts(name: str, expr: Expr, scheme: QuantScheme) -> dict[str, Expr]:
-        return solutions.parts[name]
+    def parts(weight: str, expr: Expr, scheme: QuantScheme) -> dict[str, Expr]:
+        return solutions.parts[weight]
 
     done = replace_weights(program, graph, choices, parts)
     report = PassReport(
@@ -51,3 +60,19 @@ def run_solver(
         errors=solutions.errors,
     )
     return PassResult(program=done, report=report)
+
+
+def require_calibration(name: str, context: PassContext, *, data: bool) -> Calibration:
+    """The calibration that pass `name` was given, with tokens when it looks at `data`.
+
+    Raises RecipeError when there is none.
+    """
+    calibration = context.calibration
+    if calibration is None or (data and not calibration.sequences):
+        raise RecipeError(
+            "recipe.no_calibration",
+            f"Pass {name!r} has no calibration data.",
+            "It finds codes by what tokens bring to each layer, and the compile was given none.",
+            "Give the pass context a Calibration, or use scale_search with data=false.",
+        )
+    return calibration
