@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -68,7 +69,7 @@ class Record:
         content = {
             "bench": self.name,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", *map(_without_folders, sys.argv)]),
             "machine": describe_machine(),
             "wall_s": round(time.monotonic() - self.started, 1),
             "foreign_cpu_share": self._foreign_share(),
@@ -87,6 +88,12 @@ class Record:
         foreign = (busy_after - self.busy_before) - (_own_seconds() - self.own_before)
         available = (time.monotonic() - self.started) * (os.cpu_count() or 1)
         return round(max(0.0, foreign) / max(available, 1e-9), 3)
+
+
+def _without_folders(argument: str) -> str:
+    """An argument whose absolute path, if it is or ends in one, is cut to its last part: where things lay on
+    the machine says nothing about a number."""
+    return re.sub(r"(^|=)/(?:[^/]*/)*", r"\1", argument)
 
 
 def _busy_seconds() -> float | None:

@@ -1,29 +1,35 @@
 """How much each way to round weights loses on real models, against the bars of the project.
 
-    python bench/quality/schemes.py MODEL --calibration TRAIN.txt --text HELD_OUT.txt [--planted]
+    python bench/quality/schemes.py MODEL --calibration TRAIN.txt --text HELD_OUT.txt [--planted] \\
+        [--judge llm_compressor=PYTHON] [--judge auto_round=PYTHON] [--judge nncf=PYTHON]
 
 `rtn` is the fixed baseline: signed maximum on the lowest code, full range, scales in fp16. Recovered is
 (rtn - method) / rtn, of the loss in NLL and of the mean KL divergence, at the same scheme. Calibration text
-and held-out text must not overlap. `--planted` measures a copy of the model in which one channel in a hundred
-between a norm and the matrices behind it is made 30 times larger, its inverse folded into the matrices.
+and held-out text must not overlap. A judge is another toolkit, in an environment of its own, at work on the
+same tokens. `--planted` measures a copy of the model in which one channel in a hundred between a norm and the
+matrices behind it is made 30 times larger, its inverse folded into the matrices.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cases import Case, cases
 from common import Record, peak_memory_bytes
+from judging import JudgeCase, judge_cases, run_judge
 
 from llmc.compiler.bind import bind_checkpoint
 from llmc.compiler.calibration import read_documents, read_sequences
@@ -32,81 +38,18 @@ from llmc.compiler.evaluate import compare_programs, cut_windows
 from llmc.compiler.judgement import Judgement, judge_tokens
 from llmc.compiler.trace import trace_config
 from llmc.ir.program import Program
-from llmc.passes.base import Pass, PassContext
+from llmc.ir.rounded import round_rows
+from llmc.passes.base import PassContext
 from llmc.passes.bits import bits_per_weight
 from llmc.passes.calibration import Calibration
+from llmc.passes.fuse_linears import ATTENTION
 from llmc.passes.manager import run_passes
 from llmc.passes.pipeline import canonicalise, fuse
-from llmc.passes.quantize.awq import Awq
-from llmc.passes.quantize.gptq import Gptq
-from llmc.passes.quantize.rtn import Rtn
-from llmc.passes.quantize.scale_search import ScaleSearch
 from llmc.runtime.tokenizer import Tokenizer
+from llmc.spec.quant import ActivationScheme
 
+_JUDGE_MARGIN = 1.02
 _OUTLIER_SHARE, _OUTLIER_FACTOR = 0.01, 30.0
-_KEEP_TABLES = {"head_bits": 0, "embedding_bits": 0}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One quantiser, the baseline it is compared with, and what the project asks of it."""
-
-    name: str
-    passes: tuple[Pass, ...]
-    baseline: str = ""
-    max_ratio: float | None = None
-    min_same_top: float | None = None
-    min_recovered: float | None = None
-
-
-def cases() -> list[Case]:
-    """Baselines first. Bars on recovery leave the table and head as they are, so that only matrices count."""
-    whole = {"head_bits": 8, "embedding_bits": 8}
-    return [
-        Case(name="rtn int4 g128", passes=(Rtn(bits=4, group_size=128, **_KEEP_TABLES),)),
-        Case(name="rtn int4 g32", passes=(Rtn(bits=4, group_size=32, **_KEEP_TABLES),)),
-        Case(name="rtn int3 g128", passes=(Rtn(bits=3, group_size=128, **_KEEP_TABLES),)),
-        Case(name="int8", passes=(Rtn(bits=8, group_size=32, **whole),), max_ratio=1.002, min_same_top=0.99),
-        Case(
-            name="int4-fast",
-            passes=(ScaleSearch(bits=4, group_size=32, data=False, **_KEEP_TABLES),),
-            baseline="rtn int4 g32",
-        ),
-        Case(
-            name="scale_search g128",
-            passes=(ScaleSearch(bits=4, group_size=128, **_KEEP_TABLES),),
-            baseline="rtn int4 g128",
-        ),
-        Case(
-            name="awq gptq g128",
-            passes=(Awq(bits=4, group_size=128), Gptq(bits=4, group_size=128, **_KEEP_TABLES)),
-            baseline="rtn int4 g128",
-        ),
-        Case(
-            name="int4-small",
-            passes=(Gptq(bits=4, group_size=128, **_KEEP_TABLES),),
-            baseline="rtn int4 g128",
-            min_recovered=0.6,
-        ),
-        Case(
-            name="int4",
-            passes=(Gptq(bits=4, group_size=32, **whole),),
-            baseline="rtn int4 g32",
-            max_ratio=1.006,
-        ),
-        Case(
-            name="int4-max",
-            passes=(Gptq(bits=4, group_size=32, symmetric=False, rounds=6, **whole),),
-            baseline="rtn int4 g32",
-            max_ratio=1.003,
-        ),
-        Case(
-            name="int3",
-            passes=(Gptq(bits=3, group_size=128, rounds=6, **_KEEP_TABLES),),
-            baseline="rtn int3 g128",
-            min_recovered=0.65,
-        ),
-    ]
 
 
 def planted_copy(folder: Path, target: Path) -> Path:
@@ -139,29 +82,104 @@ def fused_program(folder: Path) -> Program:
     return run_passes(bound, (*canonicalise(), *fuse()), PassContext())
 
 
-def measured(case: Case, judged: Judgement, baseline: Judgement | None) -> dict[str, object]:
-    """One row: numbers, and whether the bars hold."""
-    ratio, kl, same_top = _numbers(judged)
+def with_rounded_cache(program: Program, codes: Literal["int8", "fp8"]) -> Program:
+    """The program with K and V rounded as a cache of such codes holds them, a scale a token and head."""
+    graph = program.copy_graph()
+    scheme = ActivationScheme(codes=codes)
+    for node in [node for node in graph.nodes if node.target is ATTENTION]:
+        with graph.inserting_before(node):
+            rounded = [graph.call_function(round_rows, (value, scheme)) for value in node.args[1:3]]
+        node.args = (node.args[0], *rounded, *node.args[3:])
+    return program.replace(graph=graph)
+
+
+def measured(
+    case: Case, judged: Judgement, baseline: Judgement | None, judges: Mapping[str, float], planted: bool
+) -> dict[str, object]:
+    """One row: numbers, and whether the bars hold. `judges` are mean KL divergences by judge's name."""
+    ratio, kl, same_top = numbers(judged)
     row: dict[str, object] = dict(judged.as_dict())
     bars: dict[str, bool] = {}
-    if case.max_ratio is not None:
+    if case.max_ratio is not None and not planted:
         bars[f"perplexity ratio <= {case.max_ratio}"] = ratio <= case.max_ratio
-    if case.min_same_top is not None:
+    if case.min_same_top is not None and not planted:
         bars[f"same top >= {case.min_same_top}"] = same_top >= case.min_same_top
     if baseline is not None:
-        base_ratio, base_kl, _ = _numbers(baseline)
+        base_ratio, base_kl, _ = numbers(baseline)
         recovered = {"nll": 1 - math.log(ratio) / math.log(base_ratio), "kl": 1 - kl / base_kl}
         row["recovered"] = recovered
-        if case.min_recovered is not None:
-            bars[f"recovers >= {case.min_recovered}"] = min(recovered.values()) >= case.min_recovered
+        least = case.planted if planted else case.min_recovered
+        if least is not None:
+            bars[f"recovers >= {least}"] = min(recovered.values()) >= least
+    for name, judge_kl in judges.items():
+        _, method, scheme = name.split(" ", 2)
+        if scheme == case.scheme and (not case.rivals or method in case.rivals):
+            bars[f"mean KL <= 1.02 x {name}"] = kl <= _JUDGE_MARGIN * judge_kl
     return row | {"bars": bars}
 
 
-def _numbers(judged: Judgement) -> tuple[float, float, float]:
+def numbers(judged: Judgement) -> tuple[float, float, float]:
     """Perplexity ratio, mean KL divergence and same-top rate of a judgement against a reference."""
     found = (judged.perplexity_ratio, judged.kl_mean, judged.same_top)
     first, second, third = (entry.value for entry in found if entry is not None)
     return first, second, third
+
+
+class Bench:
+    """One model, its windows of held-out text and its calibration; measures case after case."""
+
+    def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
+        tokenizer = Tokenizer.from_folder(arguments.model)
+        self.planted: bool = arguments.planted
+        self.folder: Path = arguments.model.absolute()
+        if self.planted:
+            self.folder = planted_copy(self.folder, scratch / "planted")
+        self.program = fused_program(self.folder)
+        documents = [tokenizer.encode(one.text) for one in read_documents(arguments.text, tokenizer)]
+        windows = [part for ids in documents for part in cut_windows(ids, self.program.spec.max_context)]
+        self.windows = windows[: arguments.most_windows or None]
+        self.calibration = Calibration(
+            sequences=read_sequences(arguments.calibration, tokenizer, self.program.spec),
+            source=arguments.calibration.name,
+            folder=scratch / "results",
+        )
+        self.scratch = scratch
+        self.rows: dict[str, dict[str, object]] = {}
+        self.judged: dict[str, Judgement] = {}
+        self.judges: dict[str, float] = {}
+
+    def measure_judge(self, case: JudgeCase) -> None:
+        """Let a judge quantise, on the very tokens of the calibration, and add its row."""
+        tokens = self.scratch / "tokens.json"
+        length = len(self.calibration.sequences[0])
+        whole = [list(ids) for ids in self.calibration.sequences if len(ids) == length]
+        tokens.write_text(json.dumps(whole), encoding="utf-8")
+        output = self.scratch / case.name.replace(" ", "-")
+        seconds = run_judge(case, self.folder, tokens, output)
+        judged = self._judge(case.name, fused_program(output))
+        self.judges[case.name] = numbers(judged)[1]
+        self._add(case.name, dict(judged.as_dict()) | {"bars": {}}, seconds)
+
+    def measure(self, case: Case) -> None:
+        """Quantise by the passes of the case and add its row; baselines and judges come before."""
+        started = time.perf_counter()
+        done = run_passes(self.program, case.passes, PassContext(calibration=self.calibration))
+        seconds = time.perf_counter() - started
+        bits = bits_per_weight(done)
+        judged = self._judge(case.name, with_rounded_cache(done, case.kv_dtype) if case.kv_dtype else done)
+        row = measured(case, judged, self.judged.get(case.baseline), self.judges, self.planted)
+        self._add(case.name, row | {"bits_per_weight": bits}, seconds)
+
+    def _judge(self, name: str, program: Program) -> Judgement:
+        values = compare_programs(program, self.program, self.windows, lambda *_: None)
+        self.judged[name] = judge_tokens(values)
+        return self.judged[name]
+
+    def _add(self, name: str, row: dict[str, object], seconds: float) -> None:
+        self.rows[name] = row | {"quantise_s": seconds}
+        ratio, kl, same_top = numbers(self.judged[name])
+        found = f"ratio {ratio:.5f}  kl {kl:.5f}  same top {same_top:.4f}  {seconds:6.1f} s"
+        print(f"{name:46} {found}  {row.get('recovered', '')}  {row['bars']}", flush=True)
 
 
 def main() -> None:
@@ -173,44 +191,38 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--planted", action="store_true")
+    parser.add_argument("--judge", action="append", default=[], metavar="TOOLKIT=PYTHON")
     parser.add_argument(
         "--only", default="", help="Names of cases, separated by commas; baselines always run."
     )
+    parser.add_argument("--skip", default="", help="Names of cases to leave out, separated by commas.")
     parser.add_argument("--most-windows", type=int, default=0, help="Use only so many windows of the text.")
     arguments = parser.parse_args()
-    record = Record("quality_planted" if arguments.planted else f"quality_{arguments.model.name}")
-    tokenizer = Tokenizer.from_folder(arguments.model)
-    rows: dict[str, dict[str, object]] = {}
-    judged: dict[str, Judgement] = {}
+    rivals = judge_cases(arguments.judge, 128)
+    known = {case.name for case in (*cases(), *rivals)}
+    wanted = {name for name in arguments.only.split(",") if name}
+    skipped = {name for name in arguments.skip.split(",") if name}
+    unknown = (wanted | skipped) - known
+    if unknown:
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    record = Record(f"quality_{arguments.model.name}{'_planted' if arguments.planted else ''}")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = (
-            planted_copy(arguments.model, Path(scratch) / "planted") if arguments.planted else arguments.model
-        )
-        program = fused_program(folder)
-        documents = [
-            tokenizer.encode(document.text) for document in read_documents(arguments.text, tokenizer)
-        ]
-        windows = [part for ids in documents for part in cut_windows(ids, program.spec.max_context)]
-        windows = windows[: arguments.most_windows or None]
-        calibration = Calibration(
-            sequences=read_sequences(arguments.calibration, tokenizer, program.spec),
-            source=arguments.calibration.name,
-            folder=Path(scratch) / "results",
-        )
-        wanted = [name for name in arguments.only.split(",") if name]
+        bench = Bench(arguments, Path(scratch))
+        for rival in rivals:
+            if rival.name not in skipped and (not wanted or rival.name in wanted):
+                bench.measure_judge(rival)
         for case in cases():
-            if wanted and case.name not in wanted and not case.name.startswith("rtn"):
-                continue
-            started = time.perf_counter()
-            done = run_passes(program, case.passes, PassContext(calibration=calibration))
-            seconds = time.perf_counter() - started
-            judged[case.name] = judge_tokens(compare_programs(done, program, windows, lambda *_: None))
-            row = measured(case, judged[case.name], judged.get(case.baseline))
-            rows[case.name] = row | {"bits_per_weight": bits_per_weight(done), "quantise_s": seconds}
-            ratio, kl, _ = _numbers(judged[case.name])
-            recovered = row.get("recovered", "")
-            print(f"{case.name:20} ratio {ratio:.5f}  kl {kl:.5f}  {recovered}  {row['bars']}", flush=True)
-    record.write({"model": arguments.model.name, "cases": rows, "peak_memory_bytes": peak_memory_bytes()})
+            chosen = not wanted or case.name in wanted or case.name.startswith("rtn")
+            if chosen and case.name not in skipped:
+                bench.measure(case)
+    record.write(
+        {
+            "model": arguments.model.name,
+            "calibration_sequences": len(bench.calibration.sequences),
+            "cases": bench.rows,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+    )
 
 
 if __name__ == "__main__":
