@@ -16,6 +16,7 @@ from .compare import compare
 from .compile import compile_command
 from .doctor import doctor
 from .eval import evaluate
+from .export import export
 from .failures import run_guarded
 from .generate import generate
 from .inspect import inspect
@@ -70,6 +71,7 @@ _COMMANDS = (
     bench,
     verify,
     inspect,
+    export,
     passes,
     recipe,
     targets,

@@ -1,0 +1,1 @@
+"""What was compiled, as a checkpoint that other programs load."""
