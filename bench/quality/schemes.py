@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -205,24 +206,28 @@ def main() -> None:
     unknown = (wanted | skipped) - known
     if unknown:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
+
+    def chosen(name: str) -> bool:
+        asked = not wanted or name in wanted or name.startswith("rtn")
+        return asked and name not in skipped
+
     record = Record(f"quality_{arguments.model.name}{'_planted' if arguments.planted else ''}")
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(arguments, Path(scratch))
-        for rival in rivals:
-            if rival.name not in skipped and (not wanted or rival.name in wanted):
-                bench.measure_judge(rival)
-        for case in cases():
-            chosen = not wanted or case.name in wanted or case.name.startswith("rtn")
-            if chosen and case.name not in skipped:
-                bench.measure(case)
-    record.write(
-        {
-            "model": arguments.model.name,
-            "calibration_sequences": len(bench.calibration.sequences),
-            "cases": bench.rows,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-    )
+        works = [partial(bench.measure_judge, rival) for rival in rivals if chosen(rival.name)]
+        works += [partial(bench.measure, case) for case in cases() if chosen(case.name)]
+        for number, work in enumerate(works, 1):
+            work()
+            # each time anew, so that an interrupted run leaves what it measured
+            record.write(
+                {
+                    "model": arguments.model.name,
+                    "complete": number == len(works),
+                    "calibration_sequences": len(bench.calibration.sequences),
+                    "cases": bench.rows,
+                    "peak_memory_bytes": peak_memory_bytes(),
+                }
+            )
 
 
 if __name__ == "__main__":
