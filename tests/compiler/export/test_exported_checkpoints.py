@@ -167,7 +167,7 @@ def test_every_weight_and_logit_comes_back(made, case, kind, forms):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["three_bits", "floats", "mixed"])
+@pytest.mark.parametrize("case", ["three_bits", "int8_inputs", "floats", "mixed"])
 def test_others_load_it_and_compute_the_same(made, case):
     pytest.importorskip("compressed_tensors")
     done = made(case)
@@ -176,7 +176,7 @@ def test_others_load_it_and_compute_the_same(made, case):
         found = model(torch.tensor(IDS)).logits[0]
     expected = logits_of(done.program, IDS)
     assert (found - expected).norm() < (
-        0.02 if "inputs" in next(iter(done.report["forms"])) else 1e-4
+        0.03 if "inputs" in next(iter(done.report["forms"])) else 1e-4
     ) * expected.norm()
 
 
