@@ -15,6 +15,7 @@ from llmc.passes.quantize.rtn import Rtn
 from llmc.passes.quantize.scale_search import ScaleSearch
 
 _KEEP_TABLES = {"head_bits": 0, "embedding_bits": 0}
+_WHOLE = {"head_bits": 8, "embedding_bits": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +40,23 @@ class Case:
 
 def cases() -> list[Case]:
     """Baselines first. Bars on recovery leave the table and head as they are, so that only matrices count."""
-    whole = {"head_bits": 8, "embedding_bits": 8}
+    return [*_baselines(), *_presets(), *_parts()]
+
+
+def _baselines() -> list[Case]:
     return [
         Case(name="rtn int4 g128", passes=(Rtn(bits=4, group_size=128, **_KEEP_TABLES),)),
         Case(name="rtn int4 g32", passes=(Rtn(bits=4, group_size=32, **_KEEP_TABLES),)),
         Case(name="rtn int3 g128", passes=(Rtn(bits=3, group_size=128, **_KEEP_TABLES),)),
         Case(
             name="rtn w8a8",
-            passes=(Rtn(bits=8, group_size=0, **whole), RoundInputs(scheme="int8_token")),
+            passes=(Rtn(bits=8, group_size=0, **_WHOLE), RoundInputs(scheme="int8_token")),
         ),
+    ]
+
+
+def _presets() -> list[Case]:
+    return [
         Case(
             name="int4-small",
             passes=(Gptq(bits=4, group_size=128, **_KEEP_TABLES),),
@@ -57,14 +66,14 @@ def cases() -> list[Case]:
         ),
         Case(
             name="int4",
-            passes=(Gptq(bits=4, group_size=32, **whole),),
+            passes=(Gptq(bits=4, group_size=32, **_WHOLE),),
             baseline="rtn int4 g32",
             max_ratio=1.006,
             planted=0.8,
         ),
         Case(
             name="int4-max",
-            passes=(Gptq(bits=4, group_size=32, symmetric=False, rounds=6, **whole),),
+            passes=(Gptq(bits=4, group_size=32, symmetric=False, rounds=6, **_WHOLE),),
             baseline="rtn int4 g32",
             max_ratio=1.003,
         ),
@@ -75,12 +84,18 @@ def cases() -> list[Case]:
             min_recovered=0.65,
             scheme="int3 g128",
         ),
-        Case(name="int8", passes=(Rtn(bits=8, group_size=32, **whole),), max_ratio=1.002, min_same_top=0.99),
+        Case(name="int8", passes=(Rtn(bits=8, group_size=32, **_WHOLE),), max_ratio=1.002, min_same_top=0.99),
         Case(name="fp8 weights", passes=(Fp8(inputs=""),), max_ratio=1.010),
         Case(name="fp8", passes=(Fp8(),), max_ratio=1.02),
         Case(name="w8a8", passes=round_both_to_int8(), baseline="rtn w8a8", max_ratio=1.02, planted=0.8),
         Case(name="kv int8", passes=(), kv_dtype="int8", max_ratio=1.002),
         Case(name="kv fp8", passes=(), kv_dtype="fp8", max_ratio=1.005),
+    ]
+
+
+def _parts() -> list[Case]:
+    """What the presets are made of, and what needs no data."""
+    return [
         Case(
             name="int4-fast",
             passes=(ScaleSearch(bits=4, group_size=32, data=False, **_KEEP_TABLES),),

@@ -37,10 +37,13 @@ def test_help_lists_every_command_and_no_other():
     result = run("--help")
     assert result.exit_code == 0
     expected = {
+        "bench",
         "bisect",
         "cache",
         "compare",
         "compile",
+        "eval",
+        "export",
         "generate",
         "serve",
         "verify",

@@ -173,6 +173,7 @@ def test_every_parameter_has_a_field_of_the_same_name():
         "prompt_logprobs",
         "ignore_eos",
         "skip_special_tokens",
+        "structured",
     }
     known = {field.name for field in dataclasses.fields(SamplingState)} | elsewhere
     assert {field.name for field in dataclasses.fields(SamplingParams)} <= known

@@ -322,7 +322,7 @@ def test_an_address_in_use_is_an_error(serve):
 
 
 # These move where there is another process or another model: see test_process_channel, test_server_settings.
-ELSEWHERE = ("engine_restarts", "request_fallbacks")
+ELSEWHERE = ("engine_restarts", "request_fallbacks", "response_cache_hits", "response_cache_misses")
 
 
 def test_every_metric_is_exposed_and_moves(serve):
