@@ -139,8 +139,10 @@ class Bench:
         documents = [tokenizer.encode(one.text) for one in read_documents(arguments.text, tokenizer)]
         windows = [part for ids in documents for part in cut_windows(ids, self.program.spec.max_context)]
         self.windows = windows[: arguments.most_windows or None]
+        sequences = read_sequences(arguments.calibration, tokenizer, self.program.spec)
         self.calibration = Calibration(
-            sequences=read_sequences(arguments.calibration, tokenizer, self.program.spec),
+            # judges take sequences of one length, so ours see no others
+            sequences=tuple(ids for ids in sequences if len(ids) == len(sequences[0])),
             source=arguments.calibration.name,
             folder=scratch / "results",
         )
@@ -152,9 +154,7 @@ class Bench:
     def measure_judge(self, case: JudgeCase) -> None:
         """Let a judge quantise, on the very tokens of the calibration, and add its row."""
         tokens = self.scratch / "tokens.json"
-        length = len(self.calibration.sequences[0])
-        whole = [list(ids) for ids in self.calibration.sequences if len(ids) == length]
-        tokens.write_text(json.dumps(whole), encoding="utf-8")
+        tokens.write_text(json.dumps([list(ids) for ids in self.calibration.sequences]), encoding="utf-8")
         output = self.scratch / case.name.replace(" ", "-")
         seconds = run_judge(case, self.folder, tokens, output)
         judged = self._judge(case.name, fused_program(output))
