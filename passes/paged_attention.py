@@ -57,7 +57,8 @@ class PagedAttention:
     stage: ClassVar[Stage] = Stage.layout
     requires: ClassVar[frozenset[str]] = frozenset({KV_LAYOUT})
     provides: ClassVar[frozenset[str]] = frozenset({PAGED})
-    contract: ClassVar[Contract] = Within(1e-6)
+    # Steps cut the rows of products elsewhere, and deep models multiply a rounding.
+    contract: ClassVar[Contract] = Within(1e-5)
 
     expect: int = expect_option()
 

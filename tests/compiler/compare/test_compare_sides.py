@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from html.parser import HTMLParser
 
 import pytest
@@ -13,7 +12,6 @@ from click.testing import CliRunner
 from llmc.cli.main import main
 from llmc.compiler.compare.compare import CompareRequest, compare
 from llmc.compiler.compare.page import comparison_page
-from llmc.compiler.compare.runner import Facts, Single, WorkerRunner
 from llmc.compiler.compare.sides import SideRequest
 from llmc.compiler.compare.words import ratio_text
 from llmc.compiler.driver import compile_model
@@ -79,43 +77,6 @@ def test_the_page_loads_nothing_and_names_every_side(found):
     assert "width=device-width" in page
     assert re.search(r"<th>eight", page)
     json.dumps(found.as_dict())
-
-
-class SlowedRunner:
-    """A worker whose every token takes a share longer: what a regression of an executor looks like."""
-
-    def __init__(self, side, share):
-        self.inner = WorkerRunner(side.artifact.path, num_threads=1, max_requests=2)
-        self.share = share
-
-    def single(self, prompt, num_tokens):
-        started = time.perf_counter()
-        answer = self.inner.single(prompt, num_tokens)
-        time.sleep((time.perf_counter() - started) * self.share)
-        return Single(answer.ttft_s, answer.tpot_s * (1 + self.share), answer.token_ids)
-
-    def batch(self, prompts, num_tokens):
-        return self.inner.batch(prompts, num_tokens)
-
-    def facts(self):
-        return Facts(1.0, 1, "slowed")
-
-    def close(self):
-        self.inner.close()
-
-
-@pytest.mark.slow
-def test_a_slowdown_of_a_twentieth_is_found(artifacts):
-    sides = iter((0.0, 0.05))
-    result = compare(
-        request_for(artifacts["plain"], artifacts["plain"], rounds=60, budget_s=60.0, num_tokens=16),
-        open_runner=lambda side: SlowedRunner(side, next(sides)),
-    )
-    ratio = result.rows[1].ratios["tpot_s"]
-    assert ratio.low < 1.05 < ratio.high
-    assert ratio.ratio > 1.0
-    assert result.rows[1].divergence is None
-    assert result.seconds < 120
 
 
 def test_sides_of_different_models_are_refused_with_what_differs(artifacts, stories_7m, tmp_path):
