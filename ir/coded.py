@@ -19,7 +19,8 @@ from .weights import Cast, Concat, Expr, Permute, Reader, Slice, Stack
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """The codes `of` in the portable packing, which stand for `num_parameters` weights."""
+    """A stored part of a quantised weight in the portable packing, which stands for `num_parameters`
+    weights."""
 
     of: Expr
     num_parameters: int
@@ -35,7 +36,7 @@ class Codes:
         return self.of.dtype
 
     def evaluate(self, reader: Reader) -> Tensor:
-        """The codes."""
+        """The part."""
         return self.of.evaluate(reader)
 
 

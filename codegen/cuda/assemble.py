@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,24 +41,17 @@ def require_triton() -> None:
         )
 
 
-def assemble(
-    wanted: Sequence[tuple[Specialisation, str]], progress: Callable[[int, int], None] | None = None
-) -> list[Machine]:
+def assemble(wanted: Sequence[tuple[Specialisation, str]]) -> list[Machine]:
     """Machine code for each (specialisation, architecture such as `sm_90`), in order.
 
-    The same inputs give the same bytes, whichever process made them. `progress` is told how many are done, of
-    how many. Raises TargetError where triton is missing and InternalError where it refuses a kernel.
+    The same inputs give the same bytes, whichever process made them. Raises TargetError where triton is
+    missing and InternalError where it refuses a kernel.
     """
     require_triton()
-    machines: list[Machine] = []
     with _workers() as pool:
         from .worker import compile_one
 
-        for done, machine in enumerate(pool.map(compile_one, wanted), start=1):
-            machines.append(machine)
-            if progress is not None:
-                progress(done, len(wanted))
-    return machines
+        return list(pool.map(compile_one, wanted))
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from torch import Tensor, fx
 
 from ...ir.program import Program
 from ...ir.weights import Expr
-from ...spec.errors import RecipeError
 from ...spec.history import Decision
 from ...spec.quant import QuantScheme
 from ..base import (
@@ -34,6 +33,7 @@ from ..base import (
 )
 from ..calibration import Calibration
 from .finite import finite_weight
+from .needs import require_calibration
 from .salience import search_salience
 from .segments import product_sites
 from .smooth import fold_factors, foldable_sites
@@ -63,15 +63,11 @@ class Awq:
         sites, misses = foldable_sites(graph, program)
         if context.planning or not sites:
             return PassResult(program=program, report=PassReport(matches=len(sites), misses=tuple(misses)))
-        if context.calibration is None or not context.calibration.sequences:
-            raise RecipeError(
-                "recipe.no_calibration",
-                "Pass 'awq' has no calibration data.",
-                "It scales inputs by how large they are, and the compile was given no tokens.",
-                "Give the pass context a Calibration, or leave the pass out.",
-            )
+        why = "It scales inputs by how large they are, and the compile was given no tokens."
+        fix = "Give the pass context a Calibration, or leave the pass out."
+        calibration = require_calibration(self.name, context, why, fix)
         copied = program.replace(graph=graph)
-        powers = _powers(copied, [site.value for site in sites], context.calibration)
+        powers = _powers(copied, [site.value for site in sites], calibration)
         scheme = QuantScheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         changed: dict[str, Expr] = {}
         decisions: list[Decision] = []

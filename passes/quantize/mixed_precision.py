@@ -28,10 +28,11 @@ from ..base import (
 from ..bits import num_parameters
 from .influence import measure_influence
 from .knapsack import Assignment, assign
+from .needs import SEARCH_NEEDS, require_calibration
 from .rounding import Method
 from .selection import Choice, WeightOptions
 from .sensitivity import Sensitivity, judged_pieces
-from .solving import require_calibration, run_choices
+from .solving import run_choices
 from .units import Unit, parse_forms, units_of
 
 _METHODS = {
@@ -118,7 +119,7 @@ class MixedPrecision:
         if context.planning:
             losses, cost = _planned(units), "planned by size alone"
         else:
-            calibration = require_calibration(self.name, context, data=True)
+            calibration = require_calibration(self.name, context, *SEARCH_NEEDS)
             sensitivity = Sensitivity(program, judged_pieces(calibration, self.tokens))
             data = calibration if self.method != "rtn" else None
             losses = measure_influence(program, units, sensitivity, _TRIALS[self.method], data)

@@ -18,7 +18,6 @@ from torch import Tensor, fx
 from ...ir.program import Program
 from ...ir.scaled import Scaled
 from ...ir.weights import Constant, Expr
-from ...spec.errors import RecipeError
 from ...spec.history import Decision
 from ..base import (
     CANONICAL,
@@ -33,6 +32,7 @@ from ..base import (
 )
 from ..fuse_linears import LINEAR
 from ..graph import argument, argument_names, calls, is_call, is_weight
+from .needs import require_calibration
 from .ranges import channel_ranges
 
 _NORMS = tuple(
@@ -85,15 +85,11 @@ class Smooth:
         sites, misses = foldable_sites(graph, program)
         if context.planning or not sites:
             return PassResult(program=program, report=PassReport(matches=len(sites), misses=tuple(misses)))
-        if context.calibration is None or not context.calibration.sequences:
-            raise RecipeError(
-                "recipe.no_calibration",
-                "Pass 'smooth' has no calibration data.",
-                "It balances inputs by how large they get, and the compile was given no tokens.",
-                "Give the pass context a Calibration, or leave the pass out.",
-            )
+        why = "It balances inputs by how large they get, and the compile was given no tokens."
+        fix = "Give the pass context a Calibration, or leave the pass out."
+        calibration = require_calibration(self.name, context, why, fix)
         copied = program.replace(graph=graph)
-        ranges = channel_ranges(copied, [site.value for site in sites], context.calibration)
+        ranges = channel_ranges(copied, [site.value for site in sites], calibration)
         changed: dict[str, Expr] = {}
         decisions: list[Decision] = []
         for site in sites:

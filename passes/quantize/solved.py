@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,38 +19,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...ir.coded import Codes
 from ...ir.printer import print_program
 from ...ir.program import Program
 from ...ir.quantized import QTensor
-from ...ir.weights import Constant, Expr, Reader, Source
+from ...ir.weights import Constant, Expr, Source
 from ...spec.errors import TargetError
 from ...spec.history import LayerError
 from ...spec.quant import QuantScheme
 
 # Raised whenever the same inputs would give other codes: results of other versions are not taken up.
 _VERSION = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Solved:
-    """One stored part of a weight, in a file of results; it stands for `num_parameters` weights."""
-
-    of: Source
-    num_parameters: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As `of`."""
-        return self.of.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As `of`."""
-        return self.of.dtype
-
-    def evaluate(self, reader: Reader) -> Tensor:
-        """The part, mapped."""
-        return self.of.evaluate(reader)
 
 
 class Result(NamedTuple):
@@ -117,7 +96,7 @@ class SolvedFolder:
             if value is not None:
                 key = f"{name}.{part}"
                 source = Source(str(self._path(segment)), key, tuple(value.shape), value.dtype)
-                found[key] = Solved(source, count if part == "codes" else 0)
+                found[key] = Codes(source, count if part == "codes" else 0)
         return found
 
     def _path(self, segment: int) -> Path:

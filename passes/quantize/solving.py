@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 from ...ir.program import Program
 from ...ir.weights import Expr
-from ...spec.errors import RecipeError
 from ...spec.quant import QuantScheme
 from ..base import PassContext, PassReport, PassResult
-from ..calibration import Calibration
+from .needs import SEARCH_NEEDS, require_calibration
 from .replace import parts_of
 from .rounding import Method
 from .selection import Choice, WeightOptions, decisions_on, misses_of, replace_weights
@@ -45,7 +44,7 @@ def run_choices(
         done = replace_weights(program, graph, choices, parts_of)
         planned = PassReport(matches=matches, decisions=decisions_on(choices), misses=misses)
         return PassResult(program=done, report=planned)
-    calibration = require_calibration(name, context, data=data)
+    calibration = require_calibration(name, context, *SEARCH_NEEDS, data=data)
     solve = solve_with_data if data else solve_without_data
     solutions = solve(program, choices, method, calibration)
 
@@ -60,19 +59,3 @@ def run_choices(
         errors=solutions.errors,
     )
     return PassResult(program=done, report=report)
-
-
-def require_calibration(name: str, context: PassContext, *, data: bool) -> Calibration:
-    """The calibration that pass `name` was given, with tokens when it looks at `data`.
-
-    Raises RecipeError when there is none.
-    """
-    calibration = context.calibration
-    if calibration is None or (data and not calibration.sequences):
-        raise RecipeError(
-            "recipe.no_calibration",
-            f"Pass {name!r} has no calibration data.",
-            "It finds codes by what tokens bring to each layer, and the compile was given none.",
-            "Give the pass context a Calibration, or use scale_search with data=false.",
-        )
-    return calibration
