@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..spec.cache import CacheLayout
 from ..spec.errors import TargetError
+from .config import RuntimeConfig
 from .visibility import most_pages
 
 # Without a stated size the cache takes at most this share of the memory that is available.
@@ -25,6 +26,16 @@ class CacheDemand:
     def pages_per_sequence(self, layout: CacheLayout) -> tuple[int, ...]:
         """Pages of each group that one longest sequence holds at most."""
         return tuple(most_pages(group, self.max_model_len, self.max_step_tokens) for group in layout.groups)
+
+
+def demand_of(config: RuntimeConfig, max_context: int, max_step_tokens: int | None = None) -> CacheDemand:
+    """What `config` asks of the cache of a model with `max_context`, in steps of `max_step_tokens` where the
+    executor takes fewer than the configuration allows."""
+    return CacheDemand(
+        max_requests=config.max_requests,
+        max_model_len=min(config.max_model_len or max_context, max_context),
+        max_step_tokens=max_step_tokens or config.max_step_tokens,
+    )
 
 
 def num_pages(

@@ -10,7 +10,7 @@ from ...artifact.reader import Artifact
 from ...spec.errors import TargetError
 from ..config import RuntimeConfig
 from ..memory import available_memory_bytes
-from ..page_budget import CacheDemand, num_pages
+from ..page_budget import demand_of, num_pages
 from ..protocol import ExecutorCaps
 from .amx import usable_features
 from .cpu_model import CpuModel
@@ -44,11 +44,8 @@ def open_model(
 ) -> tuple[CpuModel, ExecutorCaps]:
     """The generated code of one ISA level with its weights and caches, and what an executor of it offers."""
     spec, layout = artifact.manifest.spec, artifact.manifest.cache
-    max_model_len = min(config.max_model_len or spec.max_context, spec.max_context)
     max_step_tokens = min(config.max_step_tokens, unit.max_tokens)
-    demand = CacheDemand(
-        max_requests=config.max_requests, max_model_len=max_model_len, max_step_tokens=max_step_tokens
-    )
+    demand = demand_of(config, spec.max_context, max_step_tokens)
     pages = num_pages(layout, demand, config.cache_bytes, available_memory_bytes())
     threads = min(config.num_threads or usable_processors(), unit.max_threads)
     stored = artifact.weights()

@@ -15,7 +15,7 @@ from ...ir.weights import Source, WeightStore
 from ...kernels.cuda.launch import Launcher
 from ...spec.errors import TargetError
 from ..config import RuntimeConfig
-from ..page_budget import CacheDemand, num_pages
+from ..page_budget import demand_of, num_pages
 from ..protocol import ExecutorCaps
 from .cuda_driver import CudaDriver
 from .cuda_kernels import CudaKernels
@@ -71,11 +71,7 @@ def make_executor(
             "Compile it with fewer bits, or free the device of other processes.",
         )
     weights = {name: store.evaluate(name).to(device) for name in names}
-    demand = CacheDemand(
-        max_requests=config.max_requests,
-        max_model_len=min(config.max_model_len or spec.max_context, spec.max_context),
-        max_step_tokens=config.max_step_tokens,
-    )
+    demand = demand_of(config, spec.max_context)
     pages = num_pages(layout, demand, config.cache_bytes, free_bytes - store.total_bytes)
     model = CudaModel(
         document.graph,

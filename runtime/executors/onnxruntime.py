@@ -9,7 +9,7 @@ from ...artifact.onnx import ONNX_ENGINE, ONNX_UNIT, decode_onnx_unit
 from ...artifact.reader import Artifact
 from ..config import RuntimeConfig
 from ..memory import available_memory_bytes
-from ..page_budget import CacheDemand, num_pages
+from ..page_budget import demand_of, num_pages
 from ..protocol import ExecutorCaps
 from .onnx_model import OnnxModel
 from .stepped import OracleSampled, SteppedExecutor
@@ -19,10 +19,7 @@ def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
     """The executor of an artifact of target kind `onnx`, on the CPU."""
     spec, layout = artifact.manifest.spec, artifact.manifest.cache
     unit = decode_onnx_unit(artifact.read_bytes(ONNX_UNIT))
-    max_model_len = min(config.max_model_len or spec.max_context, spec.max_context)
-    demand = CacheDemand(
-        max_requests=config.max_requests, max_model_len=max_model_len, max_step_tokens=config.max_step_tokens
-    )
+    demand = demand_of(config, spec.max_context)
     pages = num_pages(layout, demand, config.cache_bytes, available_memory_bytes())
     threads = config.num_threads or len(os.sched_getaffinity(0))
     model = OnnxModel(
@@ -31,7 +28,7 @@ def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
         layout,
         pages,
         config.max_requests,
-        max_model_len,
+        demand.max_model_len,
         spec.vocab_size,
         threads,
     )

@@ -21,7 +21,7 @@ from ...spec.errors import ArtifactError, InternalError
 from ...spec.model import ModelSpec
 from ..config import RuntimeConfig
 from ..memory import available_memory_bytes
-from ..page_budget import CacheDemand, num_pages
+from ..page_budget import demand_of, num_pages
 from ..protocol import ExecutorCaps
 from .reference_model import ReferenceModel
 from .reference_products import Products
@@ -92,11 +92,7 @@ def make_executor(
     """An executor over torch. `dense_bytes` bounds the memory for dequantised weights (None: half of what
     is available)."""
     max_context = source.spec.max_context
-    demand = CacheDemand(
-        max_requests=config.max_requests,
-        max_model_len=min(config.max_model_len or max_context, max_context),
-        max_step_tokens=config.max_step_tokens,
-    )
+    demand = demand_of(config, max_context)
     available = available_memory_bytes()
     pages = num_pages(source.cache, demand, config.cache_bytes, available)
     threads = config.num_threads or os.cpu_count() or 1
