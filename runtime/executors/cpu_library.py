@@ -106,13 +106,16 @@ class CpuLibrary:
                 "Compile the model again with this version of llmc.",
             )
         self._num_threads = num_threads
-        self._num_pages = list(num_pages)
-        self._tail = [_address(k) for k, _ in caches] + [_address(v) for _, v in caches]
-        self._tail += [_address(weight) for weight in weights] or [0]
+        bound = [*num_pages, *(_address(k) for k, _ in caches), *(_address(v) for _, v in caches)]
+        bound += [_address(weight) for weight in weights] or [0]
         scratch = aligned_empty(self._library.llmc_scratch_bytes(num_threads))
-        self._tail += [_address(arena), _address(scratch)]
+        bound += [_address(arena), _address(scratch)]
         sample_scratch = aligned_zeros(self._library.llmc_sample_scratch_bytes(num_threads))
-        self._sample_scratch = _address(sample_scratch)
+        # Sizes, four arrays, and of each group its table, its slots and the table's width; then what is bound
+        # here once; last the logits and jobs of the step.
+        self._num_first = 9 + 3 * len(num_pages)
+        fields = [*[0] * self._num_first, *bound, 0, 0, 0, _address(sample_scratch)]
+        self._fields = (ctypes.c_int64 * len(fields))(*fields)
         self._alive = (caches, weights, arena, scratch, sample_scratch)
         self._engine: int | None = self._library.llmc_open(num_threads)
         if self._engine is None:
@@ -136,15 +139,15 @@ class CpuLibrary:
                 "Report this with the runtime settings that led to it.",
             )
         num_sequences = len(arrays.query_starts) - 1
-        fields = [len(arrays.input_ids), len(arrays.out_rows), num_sequences, num_sequences + 1]
-        fields.append(self._num_threads)
+        first = [len(arrays.input_ids), len(arrays.out_rows), num_sequences, num_sequences + 1]
+        first.append(self._num_threads)
         whole = (arrays.input_ids, arrays.positions, arrays.out_rows, arrays.query_starts)
-        fields += [_address(array) for array in (*whole, *arrays.block_tables, *arrays.slots)]
-        fields += [table.shape[1] for table in arrays.block_tables]
-        fields += [*self._num_pages, *self._tail, _address(arrays.logits)]
-        fields += [_address(arrays.jobs), len(arrays.jobs), self._sample_scratch]
-        packed = (ctypes.c_int64 * len(fields))(*fields)
-        fault = self._library.llmc_step(self._engine, packed, len(fields))
+        first += [_address(array) for array in (*whole, *arrays.block_tables, *arrays.slots)]
+        first += [table.shape[1] for table in arrays.block_tables]
+        fields = self._fields
+        fields[: self._num_first] = first
+        fields[-4:-1] = [_address(arrays.logits), _address(arrays.jobs), len(arrays.jobs)]
+        fault = self._library.llmc_step(self._engine, fields, len(fields))
         if fault == 1:
             raise ArtifactError(
                 "artifact.cpu_fields",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,10 +122,10 @@ def step_arrays(
     layout: CacheLayout, sequences: Sequence[SequencePart], logits: NDArray[np.float32], jobs: Jobs
 ) -> StepArrays:
     """The inputs of one step: rows of a sequence are contiguous, in the order given."""
-    starts = [0, *accumulate(len(sequence.token_ids) for sequence in sequences)]
-    positions = np.concatenate(
-        [np.arange(sequence.start, sequence.start + len(sequence.token_ids)) for sequence in sequences]
-    )
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    starts = [0, *accumulate(lengths)]
+    spans = (range(part.start, part.start + length) for part, length in zip(sequences, lengths, strict=True))
+    positions = np.fromiter(chain.from_iterable(spans), np.int64, starts[-1])
     rows = [
         first + row for first, sequence in zip(starts, sequences, strict=False) for row in sequence.wanted
     ]
@@ -133,10 +133,12 @@ def step_arrays(
         _padded([sequence.block_tables[index] for sequence in sequences])
         for index in range(len(layout.groups))
     ]
-    owner = np.repeat(np.arange(len(sequences)), np.diff(starts))
+    owner = np.repeat(np.arange(len(sequences)), lengths)
     return StepArrays(
-        input_ids=np.fromiter((t for s in sequences for t in s.token_ids), np.int64, starts[-1]),
-        positions=positions.astype(np.int64),
+        input_ids=np.fromiter(
+            chain.from_iterable(part.token_ids for part in sequences), np.int64, starts[-1]
+        ),
+        positions=positions,
         out_rows=np.asarray(rows, dtype=np.int64),
         query_starts=np.asarray(starts, dtype=np.int64),
         block_tables=tuple(tables),
@@ -170,11 +172,9 @@ def _no_page(position: int) -> InternalError:
 
 
 def _padded(tables: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    width = max((len(table) for table in tables), default=0)
-    padded = np.full((len(tables), max(width, 1)), -1, dtype=np.int64)
-    for row, table in enumerate(tables):
-        padded[row, : len(table)] = table
-    return padded
+    width = max(1, max(map(len, tables), default=0))
+    entries = chain.from_iterable(chain(table, repeat(-1, width - len(table))) for table in tables)
+    return np.fromiter(entries, np.int64, len(tables) * width).reshape(len(tables), width)
 
 
 def _allocate(

@@ -4,18 +4,20 @@ Knows requests and the layout of a job; the arithmetic is kernels/cpu/sampling.h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol import BlockCopy, RowResult, TokenLogprob
-from .cpu_library import SAMPLE_JOB
+from .cpu_library import NO_JOBS, SAMPLE_JOB
 from .cpu_model import CpuModel, Jobs, Owner
 from .rows import Row, SegmentOutput
 
 Mask = NDArray[np.uint32]
+# What differs between the jobs of a row, in the order of `_FIELDS`.
+_Fields = tuple[int, int, int, bool, int]
+_FIELDS = ("logits_row", "num_tokens", "known", "wants_logprob", "mask")
 _COPIED = (
     "temperature",
     "repetition_penalty",
@@ -66,7 +68,8 @@ class CpuSampled:
 
 
 class RowState:
-    """The part of a row's jobs that does not change, and its tokens where penalties read them."""
+    """The part of a row's jobs that does not change, and its tokens where penalties read them. `template` is
+    that part as the bytes of a job: joining arrays would promote each field of each of them."""
 
     def __init__(self, row: Row) -> None:
         sampling = row.entry.sampling
@@ -80,16 +83,17 @@ class RowState:
             or sampling.presence_penalty != 0.0
             or sampling.frequency_penalty != 0.0
         )
-        self.job = np.zeros(1, SAMPLE_JOB)
+        self.wants_logprob = sampling.logprobs is not None
+        self.num_top = sampling.logprobs or 0
+        self._job = np.zeros(1, SAMPLE_JOB)
         for name in _COPIED:
-            self.job[name] = getattr(sampling, name)
-        self.job["num_prompt_tokens"] = row.entry.num_prompt_tokens
-        self.job["banned"], self.job["num_banned"] = self._banned.ctypes.data, len(self._banned)
-        self.job["bias_ids"], self.job["biases"] = self._bias_ids.ctypes.data, self._biases.ctypes.data
-        self.job["num_biases"] = len(self._biases)
-        self.job["known"] = -1
-        self.job["wants_logprob"] = sampling.logprobs is not None
-        self.job["num_top"] = sampling.logprobs or 0
+            self._job[name] = getattr(sampling, name)
+        self._job["num_prompt_tokens"] = row.entry.num_prompt_tokens
+        self._job["banned"], self._job["num_banned"] = self._banned.ctypes.data, len(self._banned)
+        self._job["bias_ids"], self._job["biases"] = self._bias_ids.ctypes.data, self._biases.ctypes.data
+        self._job["num_biases"] = len(self._biases)
+        self._job["num_top"] = self.num_top
+        self.template = self._job.tobytes()
 
     def extend(self, output: SegmentOutput) -> None:
         """Brings the tokens up to the row's, with the segment's drafts behind them."""
@@ -101,9 +105,10 @@ class RowState:
             grown = np.empty(2 * length, np.int64)
             grown[: self._num_tokens] = self._tokens[: self._num_tokens]
             self._tokens = grown
+            self._job["tokens"] = grown.ctypes.data
+            self.template = self._job.tobytes()
         self._tokens[self._num_tokens : length] = [*known[self._num_tokens :], *drafts]
         self._num_tokens = len(known)
-        self.job["tokens"] = self._tokens.ctypes.data
 
 
 class JobBatch:
@@ -117,22 +122,35 @@ class JobBatch:
         masks: Sequence[Mask | None],
     ) -> None:
         self._keys: list[tuple[int, int | None]] = []  # (segment, known token, None for a sample)
-        rows: list[Any] = []
+        templates: list[bytes] = []
+        rows: list[_Fields] = []
+        most = 1
         for place, (index, token) in enumerate(owners):
             output, state = outputs[index], states[index]
             if output.scores_prompt:
-                rows.append(_scoring(output, state, token, place))
+                rows.append(_scoring(output, token, place))
+                templates.append(state.template)
                 self._keys.append((index, token))
+                most = max(most, state.num_top)
             if output.samples and token >= output.first_sample:
                 rows.append(_sampling(output, state, token - output.first_sample, place, masks[index]))
+                templates.append(state.template)
                 self._keys.append((index, None))
-        self.jobs: Jobs = np.concatenate(rows) if rows else np.empty(0, SAMPLE_JOB)
-        most = max(1, int(self.jobs["num_top"].max(initial=0)))
+                most = max(most, state.num_top)
         self._top = np.empty((len(rows), most), np.int32)
         self._top_logprobs = np.empty((len(rows), most), np.float64)
+        self.jobs: Jobs = NO_JOBS
+        if rows:
+            self.jobs = np.frombuffer(b"".join(templates), np.uint8).copy().view(SAMPLE_JOB)
+            self._fill(rows)
+
+    def _fill(self, rows: Sequence[_Fields]) -> None:
+        """What differs from job to job, a field at a time."""
+        for name, column in zip(_FIELDS, zip(*rows, strict=True), strict=True):
+            self.jobs[name] = column
         places = np.arange(len(rows))
-        self.jobs["top"] = self._top.ctypes.data + places * most * self._top.itemsize
-        self.jobs["top_logprobs"] = self._top_logprobs.ctypes.data + places * most * 8
+        self.jobs["top"] = self._top.ctypes.data + places * self._top.strides[0]
+        self.jobs["top_logprobs"] = self._top_logprobs.ctypes.data + places * self._top_logprobs.strides[0]
 
     def give(self, collected: Sequence[Collected]) -> None:
         """Hand the results out to their segments, in order."""
@@ -155,21 +173,16 @@ class JobBatch:
         )
 
 
-def _scoring(output: SegmentOutput, state: RowState, token: int, place: int) -> Jobs:
+def _scoring(output: SegmentOutput, token: int, place: int) -> _Fields:
     """The logprob of the token that follows, where it is known; whether the logits are finite in any case."""
-    job = state.job.copy()
     following = output.following(token)
-    job["known"], job["logits_row"] = following or 0, place
-    job["wants_logprob"] = following is not None
-    return job
+    return place, 0, following or 0, following is not None, 0
 
 
-def _sampling(output: SegmentOutput, state: RowState, sample: int, place: int, mask: Mask | None) -> Jobs:
+def _sampling(output: SegmentOutput, state: RowState, sample: int, place: int, mask: Mask | None) -> _Fields:
     """Sample `sample` of a segment, which sees the drafts before it."""
-    job = state.job.copy()
-    job["logits_row"], job["num_tokens"] = place, len(output.row.token_ids) + sample
-    job["mask"] = 0 if mask is None else mask[sample].ctypes.data
-    return job
+    address = 0 if mask is None else mask[sample].ctypes.data
+    return place, len(output.row.token_ids) + sample, -1, state.wants_logprob, address
 
 
 class Collected:

@@ -41,6 +41,10 @@ def split_tiles(sequences: Sequence[SequencePart], size: int) -> list[list[tuple
     tiles: list[list[tuple[int, int, SequencePart]]] = [[]]
     free = size
     for index, sequence in enumerate(sequences):
+        if 0 < len(sequence.token_ids) <= free:
+            tiles[-1].append((index, 0, sequence))
+            free -= len(sequence.token_ids)
+            continue
         offset = 0
         while offset < len(sequence.token_ids):
             if free == 0:
