@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import queue
 import secrets
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
@@ -20,7 +21,8 @@ from .config import RuntimeConfig
 from .draft_policy import SpeculationCosts
 from .engine import Engine
 from .grammar import Grammar
-from .grammar_compiler import GrammarCompiler
+from .grammar_compiler import Vocabulary
+from .grammars import Grammars
 from .loop import EngineLoop
 from .outputs import GenerationOutput, StreamChunk
 from .params import SamplingParams
@@ -64,7 +66,8 @@ class LLM:
         ends = dict.fromkeys((*own, *spec.eos_token_ids))
         # Some models list end tokens beyond their own vocabulary, which can never come.
         self.eos_token_ids = tuple(token for token in ends if token < self.limits.vocab_size)
-        self._grammars: GrammarCompiler | None = None
+        self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()
         self._loop = EngineLoop(self.engine)
         self._draw_seed = draw_seed
         self._digest = digest
@@ -107,34 +110,27 @@ class LLM:
         All prompts are checked before the first runs: RequestError names what is wrong with one. A
         request that fails later ends with reason ERROR and does not touch the others.
         """
-        told: queue.SimpleQueue[StreamChunk | Exception] = queue.SimpleQueue()
-        sessions = [
-            self._session(prompt, params, told.put, None, priority, timeout_s)
-            for prompt in _as_prompts(prompts)
+        told: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        gathered = [
+            self._gather(prompt, params, told.put, priority, timeout_s) for prompt in _as_prompts(prompts)
         ]
-        collectors = {
-            session.request_id: Collector(session, prompt)
-            for session, prompt in zip(sessions, _as_prompts(prompts), strict=True)
-        }
+        sessions = [session for session, _ in gathered]
         left = iter(sessions)
         size = max(1, self.limits.max_waiting // max((len(each.requests) for each in sessions), default=1))
         for session in itertools.islice(left, size):
             self._loop.submit(session)
         try:
-            num_open = len(collectors)
-            while num_open:
-                chunk = told.get()
-                if isinstance(chunk, Exception):
-                    raise chunk
-                if collectors[chunk.request_id].take(chunk):
-                    num_open -= 1
-                    for session in itertools.islice(left, 1):
-                        self._loop.submit(session)
+            for _ in sessions:
+                error = told.get()
+                if error is not None:
+                    raise error
+                for session in itertools.islice(left, 1):
+                    self._loop.submit(session)
         except BaseException:
             for session in sessions:
                 self._loop.abort(session.request_id)
             raise
-        return [collector.output() for collector in collectors.values()]
+        return [collector.output() for _, collector in gathered]
 
     def chat(
         self,
@@ -166,7 +162,12 @@ class LLM:
             with contextlib.suppress(RuntimeError):  # the event loop, and with it the reader, may be gone
                 loop.call_soon_threadsafe(told.put_nowait, chunk)
 
-        session = self.submit(prompt, params, sink, request_id, priority=priority, timeout_s=timeout_s)
+        grammar = None
+        if params is not None and params.structured is not None:
+            grammar = await asyncio.to_thread(self.compile_form, params.structured)
+        session = self.submit(
+            prompt, params, sink, request_id, priority=priority, timeout_s=timeout_s, grammar=grammar
+        )
         num_open = len(session.requests)
         try:
             while num_open:
@@ -191,18 +192,37 @@ class LLM:
         timeout_s: float | None = None,
         seed_is_drawn: bool = False,
         owner: str = "",
+        grammar: Grammar | None = None,
+        arrival_s: float | None = None,
     ) -> Session:
         """Queues a request whose chunks go to `sink`, which the engine's thread calls and must not be held
         up by. An exception it is given is the end of the whole request. `seed_is_drawn`: the seed of `params`
         is nobody's choice, and the response need not be kept for a second time. Between
-        requests of different `owner` the engine is fair."""
-        session = self._session(prompt, params, sink, request_id, priority, timeout_s, seed_is_drawn, owner)
+        requests of different `owner` the engine is fair. `grammar` is the form of `params` where it has been
+        compiled already; deadlines count from `arrival_s` (now where None) on the engine's clock."""
+        session = self._session(
+            *(prompt, params, sink, request_id, priority, timeout_s),
+            seed_is_drawn=seed_is_drawn,
+            owner=owner,
+            grammar=grammar,
+            arrival_s=arrival_s,
+        )
         self._loop.submit(session)
         return session
 
     def abort(self, request_id: str) -> None:
         """Ends a request from wherever; its stream ends with reason ABORT."""
         self._loop.abort(request_id)
+
+    def compile_form(self, wanted: StructuredOutput) -> Grammar:
+        """What `submit` takes as `grammar`. Takes up to the runtime's `grammar_timeout_s`: RequestError for a
+        form that needs longer, or that cannot be used. Forms asked for lately are there at once."""
+        tokenizer = self._need_tokenizer("structured")
+        with self._grammars_lock:
+            if self._grammars is None:
+                vocabulary = Vocabulary.of(tokenizer, self.limits.vocab_size, self.eos_token_ids)
+                self._grammars = Grammars(vocabulary, self.engine.config.grammar_timeout_s)
+        return self._grammars.compile(wanted)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt, checked against the model: RequestError for an empty one, one that the
@@ -228,6 +248,8 @@ class LLM:
     def close(self) -> None:
         """Aborts all requests and releases the executor. Idempotent."""
         self._loop.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     def __enter__(self) -> Self:
         return self
@@ -240,6 +262,27 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _gather(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        tell: Callable[[Exception | None], None],
+        priority: int,
+        timeout_s: float | None,
+    ) -> tuple[Session, Collector]:
+        """A session, not yet queued, whose chunks the engine's thread collects. `tell` hears of its end or
+        failure alone: waking the caller for each token costs as much as a small model's step."""
+
+        def sink(chunk: StreamChunk | Exception) -> None:
+            if isinstance(chunk, Exception):
+                tell(chunk)
+            elif collector.take(chunk):
+                tell(None)
+
+        session = self._session(prompt, params, sink, None, priority, timeout_s)
+        collector = Collector(session, prompt)
+        return session, collector
+
     def _session(
         self,
         prompt: Prompt,
@@ -248,16 +291,21 @@ class LLM:
         request_id: str | None,
         priority: int,
         timeout_s: float | None,
+        *,
         seed_is_drawn: bool = False,
         owner: str = "",
+        grammar: Grammar | None = None,
+        arrival_s: float | None = None,
     ) -> Session:
         """A checked session, not yet queued."""
         params = params or self.default_params()
         token_ids = self.encode(prompt)
         if params.stop:
             self._need_tokenizer("stop")
-        grammar = self._compile(params.structured) if params.structured is not None else None
-        arrival_s = self.engine.now_s()
+        if arrival_s is None:
+            arrival_s = self.engine.now_s()
+        if grammar is None and params.structured is not None:
+            grammar = self.compile_form(params.structured)
         if timeout_s is None:
             timeout_s = self.engine.config.timeout_s
         seed = self._draw_seed()
@@ -283,13 +331,6 @@ class LLM:
         keeps = self.engine.config.response_cache_bytes > 0 and is_deterministic(params, seed_is_drawn)
         key = response_key(self._digest, requests, params) if keeps else None
         return Session(name, requests, params, self.tokenizer, sink, self.engine.now_s, key)
-
-    def _compile(self, wanted: StructuredOutput) -> Grammar:
-        """The compiler reads the vocabulary once, when the first request needs it."""
-        tokenizer = self._need_tokenizer("structured")
-        if self._grammars is None:
-            self._grammars = GrammarCompiler(tokenizer, self.limits.vocab_size, self.eos_token_ids)
-        return self._grammars.compile(wanted)
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
