@@ -23,6 +23,7 @@ class RuntimeConfig:
     executor's draft model. `draft` is the path of an artifact that drafts: it makes `speculation` draft.
     `num_threads` is for the executor, 0 means one per core. `response_cache_bytes` are for finished responses
     of greedy and seeded requests, which the same request gets again without being computed; 0 keeps none.
+    A form of structured output that takes longer than `grammar_timeout_s` to compile is refused.
 
     `order` ranks the waiting requests of one key. With `fairness` the key that was served least comes first:
     its computed prompt tokens times `prompt_weight` and generated tokens times `output_weight`. A prompt with
@@ -52,6 +53,7 @@ class RuntimeConfig:
     timeout_s: float | None = None
     num_threads: int = 0
     response_cache_bytes: int = 0
+    grammar_timeout_s: float = 10.0
 
     def validate(self) -> None:
         """Raises UsageError for a value out of its range, naming field, value and range."""
@@ -88,7 +90,8 @@ class RuntimeConfig:
                 raise _invalid(name, weight, "a finite number above 0")
         if not 0 < self.long_share < 1:
             raise _invalid("long_share", self.long_share, "above 0 and below 1")
-        for name, seconds in (("timeout_s", self.timeout_s), ("max_wait_s", self.max_wait_s)):
+        for name in ("timeout_s", "max_wait_s", "grammar_timeout_s"):
+            seconds: float | None = getattr(self, name)
             if seconds is not None and not seconds > 0:
                 raise _invalid(name, seconds, "above 0")
 

@@ -53,6 +53,12 @@ class StructuredOutput:
         """The name of the field that is given."""
         return next(item.name for item in fields(self) if getattr(self, item.name) not in (None, False, ()))
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of the form as it was sent."""
+        texts = (self.json_schema, self.regex, self.grammar, *self.choice)
+        return sum(len(text.encode(errors="replace")) for text in texts if text is not None)
+
     def _check_values(self) -> None:
         for name in ("json_schema", "regex", "grammar"):
             value: object = getattr(self, name)

@@ -4,15 +4,20 @@ wake the loop once, whatever their number."""
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from ...spec.errors import InternalError, LlmcError
+from ..grammar import Grammar
 from ..llm import LLM
 from ..outputs import StreamChunk
+from ..structured import StructuredOutput
 from .messages import Abort, Command, EngineFacts, EngineSnapshot, Event, Failed, Generate, Said
 
+_NUM_COMPILERS = 2
 Deliver = Callable[[Sequence[Event]], None]
 
 
@@ -38,7 +43,8 @@ class EngineChannel(Protocol):
 
 
 class LocalChannel:
-    """An engine in a thread of this process."""
+    """An engine in a thread of this process. Requests with a form are compiled in threads beside the event
+    loop before they are queued."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -46,6 +52,9 @@ class LocalChannel:
         self._is_waking = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._deliver: Deliver | None = None
+        self._compilers = ThreadPoolExecutor(_NUM_COMPILERS, "llmc-grammar")
+        self._compiling_lock = threading.Lock()
+        self._compiling: set[str] = set()
         caps = llm.engine.blocks
         self._facts = EngineFacts(
             executor=llm.executor_name,
@@ -66,12 +75,14 @@ class LocalChannel:
 
     def send(self, command: Command) -> None:
         if isinstance(command, Abort):
-            self._llm.abort(command.request_id)
-            return
-        try:
+            self._abort(command.request_id)
+        elif command.params.structured is None:
             self._generate(command)
-        except LlmcError as error:
-            self._say(failed(command.request_id, error))
+        else:
+            self._compiling.add(command.request_id)
+            self._compilers.submit(
+                self._compile, command, command.params.structured, self._llm.engine.now_s()
+            )
 
     def snapshot(self) -> EngineSnapshot:
         engine = self._llm.engine
@@ -97,27 +108,62 @@ class LocalChannel:
         )
 
     def close(self) -> None:
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         self._llm.close()
 
-    def _generate(self, command: Generate) -> None:
+    def _abort(self, request_id: str) -> None:
+        """One that is being compiled ends here: the engine does not know it yet."""
+        with self._compiling_lock:
+            is_compiling = request_id in self._compiling
+            self._compiling.discard(request_id)
+        if is_compiling:
+            self._say(_aborted(request_id))
+        else:
+            self._llm.abort(request_id)
+
+    def _compile(self, command: Generate, wanted: StructuredOutput, arrival_s: float) -> None:
+        """In a thread of its own: queues the request when its form is there, unless it was aborted."""
+        grammar: Grammar | None = None
+        refusal: Exception | None = None
+        try:
+            grammar = self._llm.compile_form(wanted)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the request must have an ending
+            refusal = error
+        with self._compiling_lock:
+            if command.request_id not in self._compiling:
+                return
+            self._compiling.discard(command.request_id)
+            if refusal is None:
+                self._generate(command, grammar, arrival_s)
+        if refusal is not None:
+            self._say(failed(command.request_id, refusal))
+
+    def _generate(
+        self, command: Generate, grammar: Grammar | None = None, arrival_s: float | None = None
+    ) -> None:
         request_id = command.request_id
 
         def sink(told: StreamChunk | Exception) -> None:
             self._say(Said(told) if isinstance(told, StreamChunk) else failed(request_id, told))
 
-        self._llm.submit(
-            command.prompt_token_ids,
-            command.params,
-            sink,
-            request_id,
-            priority=command.priority,
-            timeout_s=command.timeout_s,
-            seed_is_drawn=command.seed_is_drawn,
-            owner=command.owner,
-        )
+        try:
+            self._llm.submit(
+                command.prompt_token_ids,
+                command.params,
+                sink,
+                request_id,
+                priority=command.priority,
+                timeout_s=command.timeout_s,
+                seed_is_drawn=command.seed_is_drawn,
+                owner=command.owner,
+                grammar=grammar,
+                arrival_s=arrival_s,
+            )
+        except LlmcError as error:
+            self._say(failed(request_id, error))
 
     def _say(self, event: Event) -> None:
-        """From the engine's thread or the loop's own. Appending comes before looking at the flag, and the
+        """From any thread. Appending comes before looking at the flag, and the
         flag is lowered before reading: no event is left behind."""
         self._events.append(event)
         loop = self._loop
@@ -136,6 +182,17 @@ class LocalChannel:
             events.append(self._events.popleft())
         if self._deliver is not None and events:
             self._deliver(events)
+
+
+def _aborted(request_id: str) -> Failed:
+    return Failed(
+        request_id=request_id,
+        status=503,
+        code="server.aborted",
+        what="The server ended the request.",
+        why="It was not needed any more, or the server is shutting down.",
+        fix="Send the request again.",
+    )
 
 
 def failed(request_id: str, error: Exception) -> Failed:

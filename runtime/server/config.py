@@ -23,9 +23,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     a child where a device fault can end the process. `tool_format` and `reasoning_format` say how the model
     writes tool calls and thoughts; `auto` reads its chat template. `draft` is the artifact of a smaller model
     that drafts for it. `response_cache_bytes` bounds the memory for responses of greedy and seeded requests,
-    which are answered from there when they are asked again. `fairness`, `long_prompt_tokens`,
-    `long_share` and `max_wait_s` say who goes first, as in RuntimeConfig. Settings that are None are the
-    server's.
+    which are answered from there when they are asked again. A form of structured output that takes longer
+    than `grammar_timeout_s` to compile is a 400. `fairness`, `long_prompt_tokens`, `long_share` and
+    `max_wait_s` say who goes first, as in RuntimeConfig. Settings that are None are the server's.
     """
 
     artifact: str
@@ -47,6 +47,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     long_prompt_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     long_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
     max_wait_s: Seconds | None = None
+    grammar_timeout_s: Seconds | None = None
 
     @property
     def served_name(self) -> str:
@@ -104,6 +105,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     long_prompt_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     long_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
     max_wait_s: Seconds | None = None
+    grammar_timeout_s: Seconds | None = None
 
     def validate(self) -> None:
         """Raises UsageError for settings that do not fit together."""

@@ -30,6 +30,7 @@ _ENGINE_SETTINGS = (
     "long_prompt_tokens",
     "long_share",
     "max_wait_s",
+    "grammar_timeout_s",
 )
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("llguidance")
 from llmc.runtime.config import RuntimeConfig
 from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps
 from llmc.runtime.grammar import build_mask, mask_words
-from llmc.runtime.grammar_compiler import GrammarCompiler
+from llmc.runtime.grammar_compiler import GrammarCompiler, Vocabulary
 from llmc.runtime.llm import LLM
 from llmc.runtime.params import SamplingParams
 from llmc.runtime.request import FinishReason
@@ -47,7 +47,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def compiler(tokenizer):
-    return GrammarCompiler(tokenizer, VOCAB, tokenizer.eos_token_ids)
+    return GrammarCompiler(Vocabulary.of(tokenizer, VOCAB, tokenizer.eos_token_ids))
 
 
 SPEC = ModelSpec(
