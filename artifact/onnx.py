@@ -33,6 +33,16 @@ class PackedZeros:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredForms:
+    """How stored weights differ from the portable ones. `alternating` names stacks of experts whose rows,
+    gates and their partners, are stored in turn instead of one half after the other."""
+
+    shifts: tuple[CodeShift, ...] = ()
+    zeros: tuple[PackedZeros, ...] = ()
+    alternating: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxCache:
     """The caches of one layer: names of inputs and outputs end in `layer`."""
 
@@ -50,8 +60,7 @@ class OnnxUnit:
     opset: int
     in_place: bool
     caches: tuple[OnnxCache, ...]
-    shifts: tuple[CodeShift, ...]
-    zeros: tuple[PackedZeros, ...]
+    forms: StoredForms
 
 
 def encode_onnx_unit(unit: OnnxUnit) -> bytes:

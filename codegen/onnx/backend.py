@@ -25,7 +25,7 @@ from ...spec.errors import TargetError
 from ...spec.target import Target
 from ..base import RecallBytes, compute_bytes
 from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
-from .forms import chosen_activations, code_shifts, packed_zeros, portable_entries, stored_store
+from .forms import chosen_activations, portable_entries, stored_forms, stored_store
 from .genai import genai_config
 from .graph import OPSET, StoredTensor
 from .lowered import Export, cache_widths, lower, serialize
@@ -50,11 +50,8 @@ class Backend:
         """
         _check_runtime()
         _check_cache(program)
-        shifts, zeros = (
-            code_shifts(portable, self.options.contrib),
-            packed_zeros(portable, self.options.contrib),
-        )
-        store = stored_store(shared_weights(program, portable), shifts, zeros)
+        forms = stored_forms(portable, self.options.contrib)
+        store = stored_store(shared_weights(program, portable), forms)
         nowhere = {name: StoredTensor("", 0, store.num_bytes(name)) for name in store}
         lower(
             portable,
@@ -78,8 +75,8 @@ class Backend:
         """
         _check_cache(program)
         contrib = self.options.contrib
-        shifts, zeros = code_shifts(portable, contrib), packed_zeros(portable, contrib)
-        store = stored_store(shared_weights(program, portable), shifts, zeros)
+        forms = stored_forms(portable, contrib)
+        store = stored_store(shared_weights(program, portable), forms)
         write_programs(program, portable, writer)
         write_weights(store, writer, self.options.file_bytes, progress)
         stored = StoredWeights(store, _places(writer))
@@ -96,8 +93,7 @@ class Backend:
             opset=OPSET,
             in_place=contrib,
             caches=tuple(OnnxCache(**cache) for cache in cache_widths(portable.spec, contrib)),
-            shifts=shifts,
-            zeros=zeros,
+            forms=forms,
         )
         writer.write_bytes(ONNX_UNIT, "kernel", encode_onnx_unit(unit))
         writer.write_bytes(GENAI_CONFIG, "kernel", genai_config(portable.spec, unit))
@@ -105,7 +101,7 @@ class Backend:
     def stored_weights(self, artifact: Artifact) -> Mapping[str, Expr]:
         """The tensors of the files, codes and zero points in the portable packing."""
         unit = decode_onnx_unit(artifact.read_bytes(ONNX_UNIT))
-        return portable_entries(stored_sources(artifact), unit.shifts, unit.zeros)
+        return portable_entries(stored_sources(artifact), unit.forms)
 
 
 def _places(writer: ArtifactWriter) -> dict[str, StoredTensor]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ...artifact.onnx import CodeShift, PackedZeros
+from ...artifact.onnx import CodeShift, PackedZeros, StoredForms
+from ...ir import ops as _registered  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers them
 from ...ir.arguments import argument
 from ...ir.program import Program
 from ...ir.weights import Expr, Reader, WeightStore
 from ...spec.errors import TargetError
 from ...spec.quant import QuantScheme, parse_scheme
+from .mixtures import is_to_be_interleaved, misfit
 
 _LINEAR = torch.ops.llmc.quantized_linear.default
 _EMBEDDING = torch.ops.llmc.quantized_embedding.default
@@ -87,6 +89,31 @@ class Bytes:
         """The zero points."""
         packed = self.of.evaluate(reader)
         return torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)[..., : self.groups]
+
+
+@dataclass(frozen=True, slots=True)
+class Alternating:
+    """`of[E, 2F, ...]` with rows of its first and second half in turn, or, where `back`, the inverse."""
+
+    of: Expr
+    back: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As `of`."""
+        return tuple(self.of.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As `of`."""
+        return self.of.dtype
+
+    def evaluate(self, reader: Reader) -> Tensor:
+        """The rows in their order."""
+        whole = self.of.evaluate(reader)
+        experts, rows, *rest = whole.shape
+        halves = (rows // 2, 2) if self.back else (2, rows // 2)
+        return whole.reshape(experts, *halves, *rest).transpose(1, 2).reshape(whole.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,20 +198,37 @@ def _shift_of(scheme: QuantScheme, by_blocks: bool) -> int:
     return 8 - middle if by_blocks else -middle
 
 
-def code_shifts(program: Program, contrib: bool) -> tuple[CodeShift, ...]:
-    """Every tensor of codes that is stored shifted."""
-    found: dict[str, CodeShift] = {}
+def stored_forms(program: Program, contrib: bool) -> StoredForms:
+    """How the quantised weights of `program` lie in the file."""
+    shifts: dict[str, CodeShift] = {}
+    zeros: dict[str, PackedZeros] = {}
+    alternating: dict[str, None] = {}
     for node, parts in quantized_parts(program):
-        shift = _shift_of(parts.scheme, contrib and _takes_blocks(node, parts.scheme))
+        scheme, by_blocks = parts.scheme, contrib and _takes_blocks(node, parts.scheme)
+        # Experts outside of QMoE are unpacked by plain operators, which find nibbles without a sign easier.
+        shift = _shift_of(scheme, by_blocks or (node.target is _MOE and scheme.bits != 8))
         if shift:
-            bits = 8 if parts.scheme.bits == 8 else 4
-            found[parts.codes] = CodeShift(name=parts.codes, bits=bits, shift=shift)
-    return tuple(found.values())
+            bits = 8 if scheme.bits == 8 else 4
+            shifts[parts.codes] = CodeShift(name=parts.codes, bits=bits, shift=shift)
+        if parts.zeros is not None and scheme.bits != 8 and by_blocks:
+            groups = int(program.weights[parts.zeros].shape[-1])
+            zeros[parts.zeros] = PackedZeros(name=parts.zeros, groups=groups)
+        if contrib and node.target is _MOE and not misfit(node) and is_to_be_interleaved(node):
+            alternating |= dict.fromkeys(_gate_up_weights(node))
+    return StoredForms(
+        shifts=tuple(shifts.values()), zeros=tuple(zeros.values()), alternating=tuple(alternating)
+    )
+
+
+def _gate_up_weights(node: fx.Node) -> list[str]:
+    """The names of everything stored of the first product's rows."""
+    names = [f"gate_up_{part}" for part in ("codes", "scales", "zeros", "bias")]
+    return [str(weight.target) for name in names if (weight := argument(node, name)) is not None]
 
 
 def _takes_blocks(node: fx.Node, scheme: QuantScheme) -> bool:
     """Whether there is a block operator for what `node` computes with a matrix of `scheme`."""
-    return node.target is not _MOE and block_of(scheme, _width(node)) > 0
+    return not misfit(node) if node.target is _MOE else block_of(scheme, _width(node)) > 0
 
 
 def _width(node: fx.Node) -> int:
@@ -194,38 +238,28 @@ def _width(node: fx.Node) -> int:
     return int(argument(node, "x").meta["val"].shape[-1])
 
 
-def packed_zeros(program: Program, contrib: bool) -> tuple[PackedZeros, ...]:
-    """Every tensor of zero points that is stored two to a byte, as block operators take them."""
-    found: dict[str, PackedZeros] = {}
-    for node, parts in quantized_parts(program):
-        by_blocks = contrib and _takes_blocks(node, parts.scheme)
-        if parts.zeros is not None and parts.scheme.bits != 8 and by_blocks:
-            groups = int(program.weights[parts.zeros].shape[-1])
-            found[parts.zeros] = PackedZeros(name=parts.zeros, groups=groups)
-    return tuple(found.values())
-
-
-def stored_store(
-    store: WeightStore, shifts: tuple[CodeShift, ...], zeros: tuple[PackedZeros, ...]
-) -> WeightStore:
+def stored_store(store: WeightStore, forms: StoredForms) -> WeightStore:
     """`store` with codes and zero points in the forms they are stored in."""
     entries: dict[str, Expr] = dict(store.entries)
-    for shift in shifts:
-        dtype = torch.uint8 if shift.bits == 8 and shift.shift else store[shift.name].dtype
-        entries[shift.name] = Shifted(store[shift.name], shift.bits, shift.shift, dtype)
-    for packed in zeros:
-        entries[packed.name] = Nibbles(store[packed.name])
+    for name in forms.alternating:
+        entries[name] = Alternating(entries[name])
+    for shift in forms.shifts:
+        of = entries[shift.name]
+        dtype = torch.uint8 if shift.bits == 8 and shift.shift else of.dtype
+        entries[shift.name] = Shifted(of, shift.bits, shift.shift, dtype)
+    for packed in forms.zeros:
+        entries[packed.name] = Nibbles(entries[packed.name])
     return WeightStore(entries, store.ties, store.reader)
 
 
-def portable_entries(
-    stored: dict[str, Expr], shifts: tuple[CodeShift, ...], zeros: tuple[PackedZeros, ...]
-) -> dict[str, Expr]:
+def portable_entries(stored: dict[str, Expr], forms: StoredForms) -> dict[str, Expr]:
     """Inverse of `stored_store` on what was read back."""
     entries = dict(stored)
-    for shift in shifts:
+    for shift in forms.shifts:
         dtype = torch.int8 if shift.bits == 8 else torch.uint8
         entries[shift.name] = Shifted(stored[shift.name], shift.bits, -shift.shift, dtype)
-    for packed in zeros:
+    for packed in forms.zeros:
         entries[packed.name] = Bytes(stored[packed.name], packed.groups)
+    for name in forms.alternating:
+        entries[name] = Alternating(entries[name], back=True)
     return entries

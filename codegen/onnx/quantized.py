@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 import sympy
 
@@ -156,3 +157,29 @@ def dequantized(emitter: Emitter, matrix: Matrix, rows: ir.Value | None = None) 
     if stored == matrix.width:
         return wide
     return graph.op("Slice", wide, graph.ints(0), graph.ints(matrix.width), graph.ints(1))
+
+
+def expert_matrix(emitter: Emitter, parts: Parts, index: ir.Value, width: int) -> ir.Value:
+    """Expert `index` of the stack `[E, rows, width]` as float32 `[rows, width]`, in standard operators;
+    the stack stays as it is stored. Nibbles are without a sign, bytes with one unless there are zeros."""
+    graph, scheme = emitter.graph, parts.scheme
+    codes = graph.op("Gather", emitter.stored.raw(graph, parts.codes), index, axis=0)
+    scales = graph.op("Gather", emitter.stored.plain(graph, parts.scales), index, axis=0)
+    zeros = None
+    if parts.zeros is not None:
+        zeros = graph.op("Gather", emitter.stored.raw(graph, parts.zeros), index, axis=0)
+    _, rows, stored = emitter.stored.shape(parts.codes)
+    if scheme.bits != 8:
+        stored *= 2
+        low = graph.op("BitwiseAnd", codes, graph.constant(np.asarray(15, np.uint8)))
+        high = graph.op("BitShift", codes, graph.constant(np.asarray(4, np.uint8)), direction="RIGHT")
+        pairs = [graph.op("Unsqueeze", half, graph.ints(2)) for half in (low, high)]
+        codes = graph.reshape(graph.op("Concat", *pairs, axis=2), graph.ints(rows, stored))
+        if zeros is None:
+            middle = graph.constant(np.asarray(8, np.uint8))
+            zeros = graph.op("Expand", middle, graph.op("Shape", scales))
+    size = scheme.group_size or stored
+    wide = graph.op("DequantizeLinear", codes, scales, zeros, axis=1, block_size=size)
+    if stored == width:
+        return wide
+    return graph.op("Slice", wide, graph.ints(0), graph.ints(width), graph.ints(1))

@@ -1,4 +1,5 @@
-"""Mixtures of experts in standard operators: a loop over experts, each computing the rows that chose it."""
+"""Mixtures of experts: QMoE where it computes what the program says, else a loop over experts in standard
+operators, each computing the rows that chose it."""
 
 from __future__ import annotations
 
@@ -10,22 +11,26 @@ from torch import fx
 
 from ....ir.arguments import argument, argument_names
 from ..emitter import Emitter, Lowering
-from ..forms import parts_of
-from ..graph import BOOL, FLOAT, INT64
-from ..quantized import Matrix, dequantized, rounded
+from ..forms import Parts, parts_of
+from ..graph import BOOL, FLOAT, INT64, MICROSOFT
+from ..mixtures import QMOE_ACTIVATIONS, block_size, inner_width, misfit
+from ..quantized import expert_matrix, rounded
 from .elementwise import activation
+
+# One expert's matrix by the name of a product (`gate_up` or `down`) and the expert's number.
+_Matrices = Callable[[str, ir.Value], ir.Value]
 
 
 class _Mixture:
     """One mixture: its inputs as values, and the settings of an expert."""
 
     def __init__(
-        self, emitter: Emitter, node: fx.Node, gate_up: ir.Value, down: ir.Value, inner: int
+        self, emitter: Emitter, node: fx.Node, num_experts: int, inner: int, matrix: _Matrices
     ) -> None:
-        self.width, self.inner = int(node.meta["val"].shape[-1]), inner
+        self.num_experts, self.inner, self.matrix = num_experts, inner, matrix
+        self.width = int(node.meta["val"].shape[-1])
         self.x, self.weights = (emitter.value(argument(node, name)) for name in ("x", "expert_weights"))
         self.ids = emitter.operand(argument(node, "expert_ids"), INT64)
-        self.gate_up, self.down = gate_up, down
         self.gate_up_bias = emitter.optional(argument(node, "gate_up_bias"))
         self.down_bias = emitter.optional(argument(node, "down_bias"))
         self.activation = str(argument(node, "activation"))
@@ -36,38 +41,80 @@ class _Mixture:
 
 
 def _moe(emitter: Emitter, node: fx.Node) -> ir.Value:
-    matrices: list[Any] = [argument(node, name) for name in ("gate_up", "down")]
-    num_experts = int(matrices[0].meta["val"].shape[0])
-    gate_up, down = (emitter.value(matrix) for matrix in matrices)
-    return _loop(
-        emitter, _Mixture(emitter, node, gate_up, down, int(matrices[1].meta["val"].shape[2])), num_experts
-    )
+    stacks: dict[str, Any] = {name: argument(node, name) for name in ("gate_up", "down")}
+    experts, _, inner = (int(dim) for dim in stacks["down"].meta["val"].shape)
+
+    def matrix(name: str, index: ir.Value) -> ir.Value:
+        return emitter.graph.op("Gather", emitter.value(stacks[name]), index, axis=0)
+
+    return _loop(emitter, _Mixture(emitter, node, experts, inner, matrix))
 
 
 def _quantized_moe(emitter: Emitter, node: fx.Node) -> ir.Value:
-    x: Any = argument(node, "x")
-    codes: Any = argument(node, "gate_up_codes")
-    down_codes: Any = argument(node, "down_codes")
-    experts, wide = (int(dim) for dim in codes.meta["val"].shape[:2])
-    inner = wide if str(argument(node, "activation")).startswith("plain:") else wide // 2
-    rows = int(down_codes.meta["val"].shape[1])
-    gate_up = _stack(emitter, node, "gate_up", experts, wide, int(x.meta["val"].shape[-1]))
-    down = _stack(emitter, node, "down", experts, rows, inner)
-    return _loop(emitter, _Mixture(emitter, node, gate_up, down, inner), experts)
+    experts, inner = int(argument(node, "gate_up_codes").meta["val"].shape[0]), inner_width(node)
+    parts = {name: parts_of(node, f"{name}_", f"{name}_scheme") for name in ("gate_up", "down")}
+    widths = {"gate_up": int(node.meta["val"].shape[-1]), "down": inner}
+
+    def matrix(name: str, index: ir.Value) -> ir.Value:
+        return expert_matrix(emitter, parts[name], index, widths[name])
+
+    mixture = _Mixture(emitter, node, experts, inner, matrix)
+    if emitter.contrib and not misfit(node):
+        return _qmoe(emitter, node, mixture, parts)
+    return _loop(emitter, mixture)
 
 
-def _stack(emitter: Emitter, node: fx.Node, name: str, experts: int, rows: int, width: int) -> ir.Value:
-    """All experts' matrices as float32 `[experts, rows, width]`, which loading does once."""
-    parts = parts_of(node, f"{name}_", f"{name}_scheme")
-    flat = dequantized(emitter, Matrix(parts=parts, rows=experts * rows, width=width))
-    return emitter.graph.reshape(flat, emitter.graph.ints(experts, rows, width))
+def _qmoe(emitter: Emitter, node: fx.Node, mixture: _Mixture, parts: dict[str, Parts]) -> ir.Value:
+    """All experts by QMoE. The choice is the program's: a 1 for each chosen expert is all that its own
+    choice is given to choose from, and shares come beside it."""
+    graph = emitter.graph
+    count = graph.ints(mixture.num_experts)
+    rows = graph.op("Concat", graph.op("Shape", mixture.ids, start=0, end=1), count, axis=0)
+    none = graph.op("Expand", graph.number(0.0), rows)
+    ones = graph.op("Expand", graph.number(1.0), graph.op("Shape", mixture.ids))
+    chosen, shares = (
+        graph.op("ScatterElements", none, mixture.ids, values, axis=1) for values in (ones, mixture.weights)
+    )
+    block = block_size(node)
+    widths = {"gate_up": mixture.width, "down": mixture.inner}
+    products = [_qmoe_weights(emitter, parts[name], block, widths[name]) for name in ("gate_up", "down")]
+    biases = mixture.gate_up_bias, mixture.down_bias
+    (codes, scales, zeros), (down_codes, down_scales, down_zeros) = products
+    activation = QMOE_ACTIVATIONS[mixture.activation]
+    is_clamped = mixture.activation == "clamped_swiglu"
+    return graph.op(
+        "QMoE", mixture.x, chosen, codes, scales, biases[0], down_codes, down_scales, biases[1],
+        None, None, None, zeros, down_zeros, None, shares,
+        domain=MICROSOFT, k=int(argument(node, "expert_ids").meta["val"].shape[1]),
+        activation_type=activation, expert_weight_bits=4, normalize_routing_weights=0,
+        block_size=block or None,
+        swiglu_fusion=1 if activation == "swiglu" else None,
+        activation_alpha=(mixture.alpha if is_clamped else 1.0) if activation == "swiglu" else None,
+        activation_beta=(1.0 if is_clamped else 0.0) if activation == "swiglu" else None,
+        swiglu_limit=mixture.limit if is_clamped else None,
+    )  # fmt: skip
 
 
-def _loop(emitter: Emitter, mixture: _Mixture, num_experts: int) -> ir.Value:
+def _qmoe_weights(
+    emitter: Emitter, parts: Parts, block: int, width: int
+) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """Codes, scales and zero points of one product. Scales of whole rows have no third dimension; where the
+    other product has blocks, they are repeated."""
+    graph, shape = emitter.graph, emitter.stored.shape(parts.scales)
+    scales = emitter.stored.plain(graph, parts.scales)
+    if not block:
+        scales = graph.reshape(scales, graph.ints(*shape[:2]))
+    elif shape[2] != width // block:
+        scales = graph.op("Expand", scales, graph.ints(*shape[:2], width // block))
+    zeros = None if parts.zeros is None else emitter.stored.raw(graph, parts.zeros)
+    return emitter.stored.raw(graph, parts.codes), scales, zeros
+
+
+def _loop(emitter: Emitter, mixture: _Mixture) -> ir.Value:
     """Sum over experts, one after the other: `[T, D]`."""
     graph = emitter.graph
     start = graph.op("Mul", mixture.x, graph.number(0.0))
-    count, always = graph.number(num_experts, INT64), graph.number(True, BOOL)
+    count, always = graph.number(mixture.num_experts, INT64), graph.number(True, BOOL)
     index = ir.Value(name=f"{graph.scope}/expert", type=ir.TensorType(INT64), shape=ir.Shape([]))
     keep = ir.Value(name=f"{graph.scope}/keep", type=ir.TensorType(BOOL), shape=ir.Shape([]))
     total = ir.Value(name=f"{graph.scope}/total", type=ir.TensorType(FLOAT), shape=start.shape)
@@ -115,15 +162,14 @@ def _add_expert(
 def _expert(emitter: Emitter, mixture: _Mixture, index: ir.Value, x: ir.Value) -> ir.Value:
     graph = emitter.graph
 
-    def product(value: ir.Value, weights: ir.Value, biases: ir.Value | None) -> ir.Value:
-        weight = graph.op("Gather", weights, index, axis=0)
+    def product(value: ir.Value, name: str, biases: ir.Value | None) -> ir.Value:
         bias = None if biases is None else graph.op("Gather", biases, index, axis=0)
-        return graph.ops("Gemm", (value, weight, bias), 1, transB=1)[0]
+        return graph.ops("Gemm", (value, mixture.matrix(name, index), bias), 1, transB=1)[0]
 
     x = rounded(emitter, x, mixture.width, mixture.rounding, None)
-    hidden = _activated(emitter, mixture, product(x, mixture.gate_up, mixture.gate_up_bias))
+    hidden = _activated(emitter, mixture, product(x, "gate_up", mixture.gate_up_bias))
     hidden = rounded(emitter, hidden, mixture.inner, mixture.rounding, None)
-    return product(hidden, mixture.down, mixture.down_bias)
+    return product(hidden, "down", mixture.down_bias)
 
 
 def _activated(emitter: Emitter, mixture: _Mixture, hidden: ir.Value) -> ir.Value:
