@@ -15,6 +15,7 @@ from typing import Any, Protocol
 Constant = int | bool | str
 
 _TYPES = {
+    "torch.float64": "*fp64",
     "torch.float32": "*fp32",
     "torch.bfloat16": "*bf16",
     "torch.float16": "*fp16",

@@ -7,6 +7,7 @@ batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +22,31 @@ SPLIT = 1024
 _SEARCH_STEPS = 16
 
 
+# (a tensor, shape, dtype or None) -> a tensor.
+Empty = Callable[[Any, tuple[int, ...], Any], Any]
+
+
+def _new_empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """From torch's own allocator."""
+    return like.new_empty(shape, dtype=dtype or like.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class CudaOperators:
-    """Operators named and called like those of `ir.ops`, results in new tensors of the inputs' device."""
+    """Operators named and called like those of `ir.ops`, results in new tensors of the inputs' device.
+
+    `empty(like, shape, dtype)` makes every tensor that an operator keeps or works in: on the device of
+    `like`, and of its dtype where none is given.
+    """
 
     launch: Launcher
+    empty: Empty = _new_empty
 
     def linear(self, x: Any, weight: Any, bias: Any) -> Any:
         """`llmc.linear`."""
-        rows = _rows(x)
+        rows = self._rows(x)
         n, k = weight.shape
-        y = x.new_empty((*x.shape[:-1], n))
+        y = self.empty(x, (*x.shape[:-1], n), None)
         tile = _tile(rows.shape[0], n)
         values = {"x_ptr": rows, "weight_ptr": weight, "bias_ptr": bias, "y_ptr": y, "M": rows.shape[0]}
         constants = {"x_stride": rows.stride(0), "N": n, "K": k, **tile.constants, "BK": _depth(k)}
@@ -51,11 +66,11 @@ class CudaOperators:
         """`llmc.quantized_linear`, codes of fewer than 8 bits in words. Raises TargetError for a scheme or
         activation without a kernel."""
         parsed = parse_scheme(scheme)
-        rows = _rows(x)
+        rows = self._rows(x)
         n, groups = scales.shape
         group = _group(parsed, x.shape[-1])
         _expect_scheme(scheme, group, activation)
-        y = x.new_empty((*x.shape[:-1], n))
+        y = self.empty(x, (*x.shape[:-1], n), None)
         tile = _tile(rows.shape[0], n)
         shape = {"x_stride": rows.stride(0), "N": n, "K": x.shape[-1], "GROUPS": groups, "GROUP": group}
         last = tile.constants | {"HAS_BIAS": bias is not None}
@@ -89,7 +104,7 @@ class CudaOperators:
         """`llmc.embedding`."""
         flat = ids.reshape(-1)
         width = weight.shape[1]
-        out = weight.new_empty((*ids.shape, width))
+        out = self.empty(weight, (*ids.shape, width), None)
         block = min(1024, power_of_two(width))
         values = {"ids_ptr": flat, "table_ptr": weight, "out_ptr": out}
         grid = (flat.shape[0], blocks(width, block))
@@ -104,7 +119,7 @@ class CudaOperators:
         flat = ids.reshape(-1)
         group = _group(parsed, width)
         _expect_scheme(scheme, group, "")
-        out = scales.new_empty((*ids.shape, width), dtype=dtype)
+        out = self.empty(scales, (*ids.shape, width), dtype)
         block = min(1024, power_of_two(width))
         values = {
             "ids_ptr": flat,
@@ -152,12 +167,12 @@ class CudaOperators:
         *,
         centred: bool,
     ) -> tuple[Any, Any]:
-        rows = _rows(x)
-        added = None if residual is None else _rows(residual)
+        rows = self._rows(x)
+        added = None if residual is None else self._rows(residual)
         width = x.shape[-1]
         dtype = weight.dtype if weight is not None and style == "cast_then_scale" else x.dtype
-        out = x.new_empty(x.shape, dtype=_wider(x.dtype, dtype))
-        total = None if residual is None else x.new_empty(x.shape, dtype=_wider(x.dtype, residual.dtype))
+        out = self.empty(x, x.shape, _wider(x.dtype, dtype))
+        total = None if residual is None else self.empty(x, x.shape, _wider(x.dtype, residual.dtype))
         values = {
             "x_ptr": rows,
             "residual_ptr": added,
@@ -192,9 +207,9 @@ class CudaOperators:
         return self._gated(gate_up[..., :width], gate_up[..., width:], activation)
 
     def _gated(self, gate: Any, up: Any, activation: str) -> Any:
-        gates, ups = _rows(gate), _rows(up)
+        gates, ups = self._rows(gate), self._rows(up)
         width = gate.shape[-1]
-        out = gate.new_empty(gate.shape)
+        out = self.empty(gate, gate.shape, None)
         block = min(1024, power_of_two(width))
         values = {"gate_ptr": gates, "up_ptr": ups, "out_ptr": out}
         strides = {"gate_stride": gates.stride(0), "up_stride": ups.stride(0)}
@@ -244,11 +259,11 @@ class CudaOperators:
         v_cache: Any,
         slots: Any,
     ) -> Any:
-        q, k, v = (None if x is None else _heads(x) for x in (q, k, v))
+        q, k, v = (None if x is None else self._heads(x) for x in (q, k, v))
         some = k if q is None else q
         width = some.shape[2]
         turning = 0 if inv_freq is None else 2 * inv_freq.shape[0]
-        out = None if q is None else q.new_empty(q.shape)
+        out = None if q is None else self.empty(q, q.shape, None)
         values = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "positions_ptr": positions, "inv_freq_ptr": inv_freq}
         values |= {"scale": float(scale), "q_out_ptr": out, "k_cache_ptr": k_cache, "v_cache_ptr": v_cache}
         heads = 0 if q is None else q.shape[1]
@@ -288,11 +303,11 @@ class CudaOperators:
         chunk: int,
     ) -> Any:
         """`llmc.paged_attention`; every sequence of the step has a token in it."""
-        q = _heads(q)
+        q = self._heads(q)
         tokens, heads, width = q.shape
         page, kv_heads, value_width = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
         sequences = query_starts.shape[0] - 1
-        out = q.new_empty((tokens, heads, value_width))
+        out = self.empty(q, (tokens, heads, value_width), None)
         values = {"q_ptr": q, "k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "table_ptr": block_table}
         numbers = {"table_stride": block_table.stride(0), "scale": scale if softcap else scale * LOG2_E}
         numbers["cap"] = float(softcap)
@@ -304,8 +319,8 @@ class CudaOperators:
         if tokens == sequences:
             shape["SHARED_BLOCK"] = max(16, shared)
             splits = blocks(block_table.shape[1] * page, SPLIT)
-            state = q.new_empty((tokens, heads, splits, 2), dtype=_float32(q))
-            acc = q.new_empty((tokens, heads, splits, value_width), dtype=_float32(q))
+            state = self.empty(q, (tokens, heads, splits, 2), _float32(q))
+            acc = self.empty(q, (tokens, heads, splits, value_width), _float32(q))
             values |= {"positions_ptr": positions, "state_ptr": state, "acc_ptr": acc, **numbers}
             constants = shape | blocked | seen | {"CAPPED": softcap > 0}
             self.launch(launch_of("attention.decode_splits", (tokens, kv_heads, splits), values, constants))
@@ -337,6 +352,29 @@ class CudaOperators:
         grid = (out.shape[0], own["KV_HEADS"])
         self.launch(launch_of("attention.merge_splits", grid, values, own))
 
+    def gather_rows(self, x: Any, rows: Any) -> Any:
+        """`llmc.gather_rows`, which is a look-up in a table."""
+        table = x.view(x.shape[0], -1) if x.is_contiguous() else self._copied(x).view(x.shape[0], -1)
+        return self.embedding(rows, table).view(rows.shape[0], *x.shape[1:])
+
+    def _rows(self, x: Any) -> Any:
+        """x as `[rows, width]` with dense columns; copied only when strides do not allow a view."""
+        try:
+            flat = x.view(-1, x.shape[-1])
+        except RuntimeError:
+            return self._copied(x).view(-1, x.shape[-1])
+        return flat if flat.stride(1) == 1 else self._copied(flat)
+
+    def _heads(self, x: Any) -> Any:
+        """x `[T, H, D]` with dense heads; copied only when they are not."""
+        is_dense = x.stride(2) == 1 and (x.stride(1) == x.shape[2] or x.shape[1] == 1)
+        return x if is_dense else self._copied(x)
+
+    def _copied(self, x: Any) -> Any:
+        copy = self.empty(x, x.shape, None)
+        copy.copy_(x)
+        return copy
+
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
@@ -361,17 +399,6 @@ def _tile(m: int, n: int) -> _Tile:
 def _depth(k: int) -> int:
     """The step along K: a function of the layer alone."""
     return next((step for step in (128, 64, 32) if k % step == 0), 64)
-
-
-def _rows(x: Any) -> Any:
-    """x as `[rows, width]` with dense columns; copied only when strides do not allow a view."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
-def _heads(x: Any) -> Any:
-    """x `[T, H, D]` with dense heads; copied only when they are not."""
-    return x if x.stride(2) == 1 and (x.stride(1) == x.shape[2] or x.shape[1] == 1) else x.contiguous()
 
 
 def _group(scheme: QuantScheme, width: int) -> int:

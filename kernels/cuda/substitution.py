@@ -14,6 +14,7 @@ _NAMES = (
     "linear",
     "quantized_linear",
     "embedding",
+    "gather_rows",
     "rms_norm",
     "layer_norm",
     "add_rms_norm",

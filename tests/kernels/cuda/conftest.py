@@ -10,19 +10,33 @@ from pathlib import Path
 import pytest
 
 
+def runs_on_device():
+    return os.environ.get("LLMC_TEST_DEVICE") == "cuda"
+
+
 @pytest.fixture(scope="session")
-def operators():
-    """`CudaOperators` on CPU tensors."""
+def launch():
+    """A launcher for tensors of the tests' device."""
     pytest.importorskip("triton")
-    from llmc.kernels.cuda.operators import CudaOperators
-
-    if os.environ.get("LLMC_TEST_DEVICE") == "cuda":
+    if runs_on_device():
         sys.path.insert(0, str(Path(__file__).parents[3] / "bench" / "cuda"))
-        from device import CompiledOnDemand, OnDevice
+        from device import CompiledOnDemand
 
-        return OnDevice(CudaOperators(CompiledOnDemand()))
+        return CompiledOnDemand()
     from llmc.kernels.cuda.interpreter import correct_interpreter
     from llmc.kernels.cuda.jit import launch_jit
 
     correct_interpreter()
-    return CudaOperators(launch_jit)
+    return launch_jit
+
+
+@pytest.fixture(scope="session")
+def operators(launch):
+    """`CudaOperators` on CPU tensors."""
+    from llmc.kernels.cuda.operators import CudaOperators
+
+    if runs_on_device():
+        from device import OnDevice
+
+        return OnDevice(CudaOperators(launch))
+    return CudaOperators(launch)
