@@ -16,6 +16,7 @@ from .quantize.fp8 import Fp8
 from .quantize.gptq import Gptq
 from .quantize.keep_codes import KeepCodes
 from .quantize.mixed_precision import MixedPrecision
+from .quantize.rotate import Rotate
 from .quantize.round_inputs import RoundInputs
 from .quantize.rtn import Rtn
 from .quantize.scale_search import ScaleSearch
@@ -97,7 +98,7 @@ def plan() -> tuple[Pass, ...]:
 
 def _quantisers() -> tuple[Pass, ...]:
     integers = (*round_nearest(4, 32), *round_searched(4, 32), *round_calibrated(4, 32))
-    return (Smooth(), Awq(), *integers, *round_within(4.5), *round_to_fp8(), RoundInputs())
+    return (Rotate(), Smooth(), Awq(), *integers, *round_within(4.5), *round_to_fp8(), RoundInputs())
 
 
 # Every pass of llmc, in the order above.

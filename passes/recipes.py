@@ -15,7 +15,7 @@ from .base import PAGED, TRACED, OptionValue, Pass, Stage, option_values, option
 from .manager import check_order
 from .options import build_pass, closest, option_named, parse_value
 from .presets import preset_named
-from .registry import pass_named
+from .registry import known_passes, pass_named
 from .strict_yaml import load_yaml
 
 VERSION = 1
@@ -94,10 +94,11 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """`recipe` with options replaced by texts `pass.option=value`, in order.
+    """`recipe` with options replaced by texts `pass.option=value`, in order. A pass that prepares weights for
+    rounding (it has a true attribute `prepares`) is put in where the recipe does not have it.
 
-    Raises RecipeError for a text of another form, and for a pass that the recipe does not have or has
-    more than once.
+    Raises RecipeError for a text of another form, and for any other pass that the recipe does not have or
+    has more than once.
     """
     passes = list(recipe.passes)
     for text in overrides:
@@ -110,11 +111,28 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
                 "An override has the form pass.option=value.",
                 "Write it like rtn.bits=4.",
             )
+        _put_in(passes, name)
         index = _index_of(passes, name)
         kind = type(passes[index])
         parsed = parse_value(name, option_named(kind, option), value.strip())
         passes[index] = build_pass(kind, option_values(passes[index]) | {option: parsed})
     return Recipe(name=recipe.name, passes=tuple(passes))
+
+
+def _put_in(passes: list[Pass], name: str) -> None:
+    """Insert pass `name`, if it prepares and is missing, before the first that it comes before in a pipeline;
+    not where nothing rounds weights."""
+    kind = known_passes().get(name)
+    if kind is None or not getattr(kind, "prepares", False) or any(pass_.name == name for pass_ in passes):
+        return
+    order = list(known_passes())
+    later = [
+        index
+        for index, pass_ in enumerate(passes)
+        if pass_.stage is Stage.quantise and order.index(pass_.name) > order.index(name)
+    ]
+    if later:
+        passes.insert(later[0], kind())
 
 
 def _index_of(passes: Sequence[Pass], name: str) -> int:

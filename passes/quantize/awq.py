@@ -50,6 +50,7 @@ class Awq:
     provides: ClassVar[frozenset[str]] = frozenset()
     contract: ClassVar[Contract] = Within(1e-5)
     calibrated: ClassVar[bool] = True
+    prepares: ClassVar[bool] = True
 
     bits: int = option(4, "Bits that the weights are to be rounded to.", choices=(3, 4, 8))
     group_size: int = option(128, "Group size that they are to be rounded in.", choices=(0, 32, 64, 128))

@@ -69,6 +69,7 @@ class Smooth:
     provides: ClassVar[frozenset[str]] = frozenset()
     contract: ClassVar[Contract] = Within(1e-5)
     calibrated: ClassVar[bool] = True
+    prepares: ClassVar[bool] = True
 
     alpha: float = option(
         0.5,
