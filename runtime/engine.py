@@ -386,6 +386,7 @@ class Engine:
             del self._waiting[entry.request.request_id]
             if entry.admitted_s is None:
                 self.fairness.leave(entry.request.key)
+        self.fairness.end(entry.request.key)
         self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
         self.stats.num_generated_tokens += len(finished.output_token_ids)
         self._outputs.append(

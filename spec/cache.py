@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from .errors import InternalError
+
+Kind = Literal["full", "window", "chunk"]
 CODED_DTYPES = ("int8", "float8_e4m3fn")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
 
@@ -16,11 +19,11 @@ class CacheGroup:
     All layers of a group have the same shape and visibility. `layers` own storage; `shared` maps a
     layer without storage to the owner it reads. `window` is in tokens for kinds `window` and
     `chunk`, 0 for `full`. `scales` says whether a float32 scale per token and head is stored
-    beside quantised values.
+    beside quantised values. InternalError for another kind, or a window that does not fit it.
     """
 
     layers: tuple[int, ...]
-    kind: Literal["full", "window", "chunk"] = "full"
+    kind: Kind = "full"
     window: int = 0
     num_kv_heads: int
     k_dim: int
@@ -30,6 +33,12 @@ class CacheGroup:
     scales: bool = False
     page_tokens: int
     shared: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise _unusable(f"The kind {self.kind!r} is none of {', '.join(get_args(Kind))}.")
+        if (self.window > 0) != (self.kind != "full"):
+            raise _unusable(f"A window of {self.window} tokens does not go with kind {self.kind!r}.")
 
     @property
     def is_coded(self) -> bool:
@@ -74,3 +83,12 @@ class CacheLayout:
     def bytes_per_token(self) -> int:
         """Cache bytes of one token over the whole model."""
         return sum(group.bytes_per_token for group in self.groups)
+
+
+def _unusable(why: str) -> InternalError:
+    return InternalError(
+        "spec.cache_group",
+        "A cache group says something that no kernel or page table could follow.",
+        why,
+        "Report this with the model, or the manifest, that led to it.",
+    )

@@ -169,7 +169,7 @@ def group(kind, window=0):
     return CacheGroup(
         layers=(0,),
         kind=kind,
-        window=window,
+        window=0 if kind == "full" else window,
         num_kv_heads=1,
         k_dim=1,
         v_dim=1,

@@ -270,3 +270,52 @@ def test_who_has_waited_long_enough_passes_everybody():
     assert [each.request.request_id for each in ranked] == [2, 1, 0]
     ranked = sorted([old, older, fresh], key=lambda each: order(each, 4.5))
     assert ranked[0] is fresh
+
+
+KEYS = st.sampled_from("abcdefgh")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    moves=st.lists(
+        st.tuples(st.sampled_from(["arrive", "admit", "leave", "serve", "end"]), KEYS), max_size=120
+    )
+)
+def test_forgotten_counters_change_no_decision(moves):
+    """Against counters that are all kept: whoever waits or runs has the same one, whatever came before."""
+    forgetful, thorough = FairShare(1.0, 2.0, num_kept=0), FairShare(1.0, 2.0, num_kept=10**9)
+    waiting, running = [], []
+    for move, key in moves:
+        for share in (forgetful, thorough):
+            if move == "arrive":
+                share.arrive(key)
+            elif move == "admit" and key in waiting:
+                share.admit(key, 3)
+            elif move == "leave" and key in waiting:
+                share.leave(key)
+                share.end(key)
+            elif move == "serve" and key in running:
+                share.generate(key, 2)
+            elif move == "end" and key in running:
+                share.end(key)
+        if move == "arrive":
+            waiting.append(key)
+        elif move in ("admit", "leave") and key in waiting:
+            waiting.remove(key)
+            running.extend([key] if move == "admit" else [])
+        elif move == "end" and key in running:
+            running.remove(key)
+        assert [forgetful.served(key) for key in (*waiting, *running)] == [
+            thorough.served(key) for key in (*waiting, *running)
+        ]
+
+
+def test_keys_that_come_once_leave_no_counters():
+    share = FairShare(1.0, 2.0)
+    for number in range(10_000):
+        key = f"key-{number}"
+        share.arrive(key)
+        share.admit(key, 5)
+        share.generate(key, 1)
+        share.end(key)
+    assert share.num_counters <= 65
