@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..spec.errors import UsageError
 from .output import Output, table, with_output
 from .progress import shown_progress
+from .searching import SEARCH_ONLY, parse_limits, parse_number, refuse_search_options, run_search
 
 if TYPE_CHECKING:
     from ..compiler.compare.compare import Comparison
@@ -28,26 +27,51 @@ if TYPE_CHECKING:
 @click.option("--tokens", "num_tokens", default=32, show_default=True, help="Tokens made for each prompt.")
 @click.option("--concurrency", default=4, show_default=True, help="Requests of a batch.")
 @click.option("--rounds", default=60, show_default=True, help="Most rounds of interleaved work.")
-@click.option("--budget-seconds", "budget_s", default=40.0, show_default=True, help="Time for the rounds.")
+@click.option("--budget-seconds", "budget_s", default=12.0, show_default=True, help="Time for the rounds.")
 @click.option("--price-per-hour", metavar="X", help="What an hour of this machine costs.")
 @click.option(
-    "--limit", "limits", multiple=True, metavar="ttft|tpot=SECONDS", help="What makes a request good."
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="ttft|tpot=SECONDS",
+    help="What makes a request good; with --search what a recipe must keep to, also kl=NATS and size=BYTES.",
 )
 @click.option("--threads", "num_threads", default=0, help="Threads of each side (default: one a core).")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with plots.")
+@click.option("--search", "is_search", is_flag=True, help="Look for the best recipes of MODEL.")
+@click.option("--budget-minutes", metavar="N", help="With --search: how long (default: 10).")
+@click.option("--study", type=click.Path(path_type=Path), help="With --search: the file to go on with.")
+@click.option("--out", type=click.Path(path_type=Path), help="With --search: the folder for recipes.")
 @with_output
-def compare(output: Output, paths: tuple[str, ...], html: Path | None, **options: Any) -> None:
+@click.pass_context
+def compare(
+    context: click.Context, output: Output, paths: tuple[str, ...], is_search: bool, **options: Any
+) -> None:
     """Do the same work through each side, interleaved, and say what differs beyond noise.
 
     Sides are artifacts, or MODEL compiled under each --recipe (kept in the compile cache); a model folder
-    beside artifacts is the original, unquantised in float32.
+    beside artifacts is the original, unquantised in float32. With --search the sides are recipes that are
+    made from the options of passes, and those that none beats are written as files.
     """
+    given = {name for name in context.params if _was_given(context, name)}
+    if is_search:
+        run_search(output, paths, given, options)
+        return
+    refuse_search_options(given)
+    _compare(output, paths, **{name: options[name] for name in options if name not in SEARCH_ONLY})
+
+
+def _was_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _compare(output: Output, paths: tuple[str, ...], html: Path | None, **options: Any) -> None:
     from ..compiler.compare.compare import CompareRequest
     from ..compiler.compare.compare import compare as run
     from ..compiler.compare.page import comparison_page
     from ..compiler.compare.sides import SideRequest
 
-    limits = _limits(options.pop("limits"))
+    limits = parse_limits(options.pop("limits"), ("ttft", "tpot"))
     price = options.pop("price_per_hour")
     sides = SideRequest(
         paths=paths,
@@ -60,7 +84,7 @@ def compare(output: Output, paths: tuple[str, ...], html: Path | None, **options
         options.pop("prompts")
     request = CompareRequest(
         sides=sides,
-        price_per_hour=None if price is None else _number("--price-per-hour", price),
+        price_per_hour=None if price is None else parse_number("--price-per-hour", price),
         ttft_limit_s=limits.get("ttft"),
         tpot_limit_s=limits.get("tpot"),
         **options,
@@ -83,30 +107,3 @@ def _told(found: Comparison) -> str:
     )
     lines = [table(rows, header), facts, *divergence_lines(found), advice(found)]
     return "\n\n".join(line for line in lines if line)
-
-
-def _limits(texts: tuple[str, ...]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or name not in ("ttft", "tpot"):
-            raise UsageError(
-                "usage.limit",
-                f"The limit {text!r} cannot be read.",
-                "A limit is ttft=SECONDS or tpot=SECONDS.",
-                "Write for example --limit ttft=0.5.",
-            )
-        found[name] = _number("--limit", value)
-    return found
-
-
-def _number(option: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise UsageError(
-            "usage.number", f"{option} is {text!r}.", "It must be a number above 0.", "Write for example 0.5."
-        )
-    return value

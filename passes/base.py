@@ -140,7 +140,8 @@ class OptionInfo:
     """What a user may know about one option of a pass.
 
     `low`, `high` (inclusive) and `choices` bound legal values; `search` lists the values that a search
-    over recipes may try, empty when the option is not worth searching.
+    over recipes may try, empty when the option is not worth searching, on the kinds of targets that
+    `search_on` names (all where it is empty).
     """
 
     name: str
@@ -151,6 +152,7 @@ class OptionInfo:
     low: float | None = None
     high: float | None = None
     search: tuple[OptionValue, ...] = ()
+    search_on: tuple[str, ...] = ()
 
 
 def option(
@@ -161,9 +163,11 @@ def option(
     low: float | None = None,
     high: float | None = None,
     search: tuple[Value, ...] = (),
+    search_on: tuple[str, ...] = (),
 ) -> Value:
     """A dataclass field that is a pass option; its type is that of `default`."""
-    metadata = {"doc": doc, "choices": choices, "low": low, "high": high, "search": search}
+    metadata = {"doc": doc, "choices": choices, "low": low, "high": high}
+    metadata |= {"search": search, "search_on": search_on}
     made: Any = field(default=default, metadata=metadata)
     return made
 

@@ -54,6 +54,7 @@ class SelectKernels:
         "Bits of the inputs of products: 16 (accurate), 8 (fast), or 8 where a product loses little (auto).",
         choices=("accurate", "fast", "auto"),
         search=("accurate", "auto", "fast"),
+        search_on=("cpu", "onnx"),
     )
     max_error: float = option(
         0.01, "What auto lets 8-bit inputs change of a product, as a share of its size.", low=0.0, high=1.0

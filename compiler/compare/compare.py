@@ -17,12 +17,12 @@ from ...runtime.tokenizer import Tokenizer
 from ...spec.errors import UsageError
 from ..ledger import Progress, Silent
 from ..quality import PROBE_TEXTS, Quality
-from .measure import Samples, Work, measure_sides
+from .measure import Samples, Work, measure_sides, side_ratios
 from .quality import Divergence, first_divergence, layer_errors, qualities, stored_program
 from .runner import Runner, WorkerRunner
 from .sides import Side, SideRequest, open_cache, open_sides
-from .statistics import Ratio, paired_ratio, pareto
-from .table import COLUMNS, Column
+from .statistics import Ratio, pareto
+from .table import COLUMNS, MEASURED, Column
 
 _QUALITY_TOKENS = 1024
 
@@ -39,7 +39,7 @@ class CompareRequest:
     num_tokens: int = 32
     concurrency: int = 4
     rounds: int = 60
-    budget_s: float = 40.0
+    budget_s: float = 12.0
     price_per_hour: float | None = None
     ttft_limit_s: float | None = None
     tpot_limit_s: float | None = None
@@ -69,7 +69,8 @@ class CompareRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One side. `values` are by column key (missing where nothing was asked for), `ratios` to the baseline;
-    `layers` are relative errors against the reference by attention layer, the logits' last."""
+    `layers` are relative errors against the reference by attention layer, the logits' last; `latencies` are
+    of every request alone, in seconds and ascending, by column."""
 
     name: str
     values: Mapping[str, float]
@@ -77,6 +78,7 @@ class Row:
     layers: tuple[float, ...]
     divergence: Divergence | None
     texts: tuple[str, str, str]
+    latencies: Mapping[str, tuple[float, ...]]
     executor: str
     recipe: str
     decisions: int
@@ -104,6 +106,7 @@ class Comparison:
                 **row.values,
                 "ratios": {key: {**asdict(r), "different": r.is_different} for key, r in row.ratios.items()},
                 "layer_errors": row.layers,
+                "latency": {key: _quantiles(values) for key, values in row.latencies.items()},
                 "first_divergence": None if row.divergence is None else asdict(row.divergence),
                 "executor": row.executor,
                 "recipe": row.recipe,
@@ -146,7 +149,7 @@ def compare(
         reference=_reference(sides, baseline),
         rows=rows,
         pareto=_front(rows),
-        rounds=min(len(found.ttft_s) for found in samples.values()),
+        rounds=min(len(found.singles) for found in samples.values()),
         concurrency=request.concurrency,
         num_tokens=request.num_tokens,
         quality_tokens=tokens,
@@ -252,6 +255,7 @@ def _rows(
                 layers=layers[side.name],
                 divergence=parted,
                 texts=_texts(tokenizer, work, parted),
+                latencies=_latencies(own),
                 executor=own.facts.executor,
                 recipe=side.artifact.manifest.recipe.name,
                 decisions=sum(len(record.decisions) for record in side.artifact.manifest.history),
@@ -289,6 +293,19 @@ def _values(
     return values
 
 
+def _latencies(own: Samples) -> dict[str, tuple[float, ...]]:
+    singles = [single for singles in own.singles for single in singles]
+    return {
+        "ttft_s": tuple(sorted(single.ttft_s for single in singles)),
+        "tpot_s": tuple(sorted(single.tpot_s for single in singles)),
+    }
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Percentiles of sorted values; a percentile is the smallest value that so many do not exceed."""
+    return {f"p{p}": values[max(0, math.ceil(p * len(values) / 100) - 1)] for p in (50, 90, 99)}
+
+
 def _goodput(own: Samples, request: CompareRequest) -> float:
     good = sum(
         (request.ttft_limit_s is None or ttft <= request.ttft_limit_s)
@@ -300,17 +317,9 @@ def _goodput(own: Samples, request: CompareRequest) -> float:
 
 
 def _ratios(own: Samples, base: Samples, seed: int) -> dict[str, Ratio]:
-    rng = random.Random(seed)
-    pairs = {
-        "ttft_s": (own.ttft_s, base.ttft_s),
-        "tpot_s": (own.tpot_s, base.tpot_s),
-        "throughput_tokens_per_s": ([1 / v for v in own.batch_s], [1 / v for v in base.batch_s]),
-    }
-    found = {
-        key: Ratio(ratio=1.0, low=1.0, high=1.0) if own is base else paired_ratio(ours, theirs, rng=rng)
-        for key, (ours, theirs) in pairs.items()
-    }
-    return {key: ratio for key, ratio in found.items() if ratio is not None}
+    if own is base:
+        return dict.fromkeys(MEASURED, Ratio(ratio=1.0, low=1.0, high=1.0))
+    return side_ratios(own, base, rng=random.Random(seed))
 
 
 def _sequences(

@@ -6,13 +6,14 @@ import hashlib
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ...artifact.reader import Artifact, open_unchecked
 from ...codegen.base import default_target
-from ...passes.recipes import override, preset_recipe, read_recipe, to_yaml
+from ...passes.recipes import Recipe, override, preset_recipe, read_recipe, to_yaml
 from ..cache.session import CompileCache
 from ..cache.sources import ROOT, environment
 from ..driver import compile_model
@@ -22,7 +23,8 @@ from ..source import find_model
 _KIND = "artifact"
 _NAME = "model.llmc"
 ORIGINAL = "original"
-_ROOMS = ("artifact", "codegen", "compiler", "ir", "kernels", "passes", "spec")
+_FILES = (".yaml", ".yml")
+WRITING_ROOMS = ("artifact", "codegen", "compiler", "ir", "kernels", "passes", "spec")
 
 
 class HowToMake(Protocol):
@@ -68,7 +70,9 @@ def compile_side(
         return open_unchecked(_compile(model, plan, target, made, progress))
     inputs = sorted(path for path in folder.iterdir() if path.is_file())
     digests = tuple((path.name, cache.file_digest(path)) for path in inputs)
-    key = hashlib.sha256(repr((digests, plan.text, plan.dtype, target, _code(), environment())).encode())
+    key = hashlib.sha256(
+        repr((digests, plan.text, plan.dtype, target, code_digest(), environment())).encode()
+    )
     found = cache.store.find(_KIND, key.hexdigest())
     if found is None:
         with tempfile.TemporaryDirectory(prefix="llmc-compare-") as folder_name:
@@ -89,11 +93,17 @@ def compile_side(
     return open_unchecked(found / _NAME)
 
 
+def recipe_named(recipe: str) -> Recipe:
+    """The preset or YAML file of that name. Raises RecipeError naming the closest presets, or what is wrong
+    in the file."""
+    return read_recipe(Path(recipe)) if recipe.endswith(_FILES) else preset_recipe(recipe)
+
+
 def _plan(recipe: str, how: HowToMake) -> _Plan:
     if recipe == ORIGINAL:
         return _Plan(quant=None, recipe=None, overrides=(), dtype="float32", text=ORIGINAL)
-    is_file = recipe.endswith((".yaml", ".yml"))
-    read = read_recipe(Path(recipe)) if is_file else preset_recipe(recipe)
+    is_file = recipe.endswith(_FILES)
+    read = recipe_named(recipe)
     own = {pass_.name for pass_ in read.passes}
     overrides = tuple(text for text in how.overrides if text.partition(".")[0] in own)
     return _Plan(
@@ -123,12 +133,12 @@ def _copy(made: Path, place: Path) -> None:
     shutil.copytree(made, place / _NAME)
 
 
-def _code() -> str:
-    """The digest of all that writes artifacts; comparing writes none."""
+def code_digest(rooms: Sequence[str] = WRITING_ROOMS) -> str:
+    """The digest of the code in `rooms`, by default of all that writes artifacts; comparing writes none."""
     digest = hashlib.sha256()
-    skipped = ROOT / "compiler" / "compare"
-    for room in _ROOMS:
+    skipped = {ROOT / "compiler" / room for room in ("compare", "search")}
+    for room in rooms:
         for path in sorted((ROOT / room).rglob("*")):
-            if path.suffix in (".py", ".hpp") and skipped not in path.parents:
+            if path.suffix in (".py", ".hpp") and skipped.isdisjoint(path.parents):
                 digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

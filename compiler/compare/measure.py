@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .runner import Batch, Facts, Runner, Single
+from .statistics import Ratio, paired_ratio
 
 _MIN_ROUNDS, _WARM_ROUNDS = 6, 1
 
@@ -29,14 +30,56 @@ class Work:
 
 @dataclass(slots=True)
 class Samples:
-    """What one side did: a number a round, and the tokens it made for each prompt."""
+    """What one side did: each round's requests, a prompt each, and its batch."""
 
     facts: Facts
-    ttft_s: list[float] = field(default_factory=list[float])
-    tpot_s: list[float] = field(default_factory=list[float])
-    batch_s: list[float] = field(default_factory=list[float])
+    singles: list[tuple[Single, ...]] = field(default_factory=list[tuple[Single, ...]])
     batches: list[Batch] = field(default_factory=list[Batch])
-    token_ids: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+
+    @property
+    def ttft_s(self) -> list[float]:
+        """A number a round: the median over its prompts."""
+        return [statistics.median(single.ttft_s for single in singles) for singles in self.singles]
+
+    @property
+    def tpot_s(self) -> list[float]:
+        """A number a round: the median over its prompts."""
+        return [statistics.median(single.tpot_s for single in singles) for singles in self.singles]
+
+    @property
+    def batch_s(self) -> list[float]:
+        """Seconds per token of each round's batch."""
+        return [batch.wall_s / max(1, batch.output_tokens) for batch in self.batches]
+
+    @property
+    def token_ids(self) -> dict[int, tuple[int, ...]]:
+        """The tokens that were made for each prompt, by its index."""
+        return {index: single.token_ids for index, single in enumerate(self.singles[-1])}
+
+
+def side_ratios(own: Samples, base: Samples, *, rng: random.Random) -> dict[str, Ratio]:
+    """Ratios of what one side did to what the baseline did, by column; those without a time are left out.
+
+    Times are divided request by request, since a request and its twin ran back to back; a round's ratio is
+    the median over its prompts.
+    """
+    found = {
+        "ttft_s": _round_ratios(own, base, lambda single: single.ttft_s),
+        "tpot_s": _round_ratios(own, base, lambda single: single.tpot_s),
+        "throughput_tokens_per_s": [b / o for o, b in zip(own.batch_s, base.batch_s, strict=True) if o > 0],
+    }
+    ratios = {key: paired_ratio(values, [1.0] * len(values), rng=rng) for key, values in found.items()}
+    return {key: ratio for key, ratio in ratios.items() if ratio is not None}
+
+
+def _round_ratios(own: Samples, base: Samples, time_of: Callable[[Single], float]) -> list[float]:
+    ratios: list[float] = []
+    for ours, theirs in zip(own.singles, base.singles, strict=True):
+        pairs = [(time_of(one), time_of(two)) for one, two in zip(ours, theirs, strict=True)]
+        known = [one / two for one, two in pairs if one > 0 and two > 0]
+        if known:
+            ratios.append(statistics.median(known))
+    return ratios
 
 
 def measure_sides(
@@ -77,18 +120,13 @@ def _one_round(
     runners: Mapping[str, Runner], work: Work, samples: Mapping[str, Samples], rng: random.Random
 ) -> None:
     singles: dict[str, list[Single]] = {name: [] for name in runners}
-    for index, prompt in enumerate(work.prompts):
+    for prompt in work.prompts:
         for name in rng.sample(list(runners), len(runners)):
-            single = runners[name].single(prompt, work.num_tokens)
-            singles[name].append(single)
-            samples[name].token_ids[index] = single.token_ids
+            singles[name].append(runners[name].single(prompt, work.num_tokens))
     for name in rng.sample(list(runners), len(runners)):
-        batch = runners[name].batch(_batch(work), work.num_tokens)
-        samples[name].batches.append(batch)
-        samples[name].batch_s.append(batch.wall_s / max(1, batch.output_tokens))
+        samples[name].batches.append(runners[name].batch(_batch(work), work.num_tokens))
     for name, found in singles.items():
-        samples[name].ttft_s.append(statistics.median(single.ttft_s for single in found))
-        samples[name].tpot_s.append(statistics.median(single.tpot_s for single in found))
+        samples[name].singles.append(tuple(found))
 
 
 def _batch(work: Work) -> Sequence[tuple[int, ...]]:

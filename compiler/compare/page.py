@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from ..page.frame import document, section
-from ..page.plots import bars, heat_map, scatter
+from ..page.plots import bars, curve_plot, heat_map, scatter
 from .compare import Comparison, Row, columns_of
 from .table import Column
 from .words import advice, ratio_text
@@ -61,12 +61,16 @@ def _quality_plot(comparison: Comparison, key: str, unit: str, scale: float) -> 
 
 
 def _latency(rows: tuple[Row, ...]) -> str:
-    groups = [
-        ("time to first token, ms", [(row.name, 1e3 * row.values["ttft_s"]) for row in rows]),
-        ("time per token, ms", [(row.name, 1e3 * row.values["tpot_s"]) for row in rows]),
-        ("throughput, tokens/s", [(row.name, row.values["throughput_tokens_per_s"]) for row in rows]),
-    ]
-    return "".join(bars(title, values) for title, values in groups)
+    curves = "".join(
+        curve_plot([(row.name, [1e3 * value for value in row.latencies[key]]) for row in rows], title)
+        for key, title in (
+            ("ttft_s", "time to first token, milliseconds"),
+            ("tpot_s", "time per token, milliseconds"),
+        )
+    )
+    told = "<p>The share of requests, one at a time, that took no longer: further left is faster.</p>"
+    rates = [(row.name, row.values["throughput_tokens_per_s"]) for row in rows]
+    return told + curves + bars("throughput, tokens/s", rates)
 
 
 def _layers(rows: tuple[Row, ...]) -> str:

@@ -63,9 +63,16 @@ class Runner(Protocol):
 class WorkerRunner:
     """A `Runner` in a child process, so that memory is its own and nothing else shares its interpreter."""
 
-    def __init__(self, path: Path, *, num_threads: int = 0, max_requests: int = 8) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        num_threads: int = 0,
+        max_requests: int = 8,
+        module: str = f"{__package__}.worker",
+    ) -> None:
+        """Loads the artifact at `path` in a process that runs `module`. Raises what loading raises."""
         self._path = path
-        module = f"{__package__}.worker"
         command = [sys.executable, "-m", module, str(path), str(num_threads), str(max_requests)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
@@ -129,10 +136,10 @@ class WorkerRunner:
         told: dict[str, Any] = json.loads(line)
         if "error" in told:
             error = told["error"]
-            raise _error_named(told["kind"])(error["code"], error["what"], error["why"], error["fix"])
+            raise error_named(told["kind"])(error["code"], error["what"], error["why"], error["fix"])
         return told
 
 
-def _error_named(name: str) -> type[LlmcError]:
-    """The class of llmc's errors that a worker met."""
+def error_named(name: str) -> type[LlmcError]:
+    """The class of llmc's errors that a worker met, by its name."""
     return next((kind for kind in LlmcError.__subclasses__() if kind.__name__ == name), InternalError)

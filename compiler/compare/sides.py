@@ -14,7 +14,7 @@ from ..cache.config import CacheConfig
 from ..cache.session import CompileCache
 from ..ledger import Progress
 from ..source import find_model
-from .made import compile_side
+from .made import compile_side, recipe_named
 
 _TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -54,6 +54,7 @@ def open_sides(request: SideRequest, cache: CompileCache, progress: Progress) ->
             "Recipes are compared on one model; artifacts are compiled already.",
             "Name one model folder, and recipes with --recipe.",
         )
+    _check_overrides(request)
     sides: list[Side] = []
     for path in request.paths:
         if path not in models:
@@ -74,6 +75,20 @@ def open_sides(request: SideRequest, cache: CompileCache, progress: Progress) ->
     named = _distinct(sides)
     check_alike(named)
     return named
+
+
+def _check_overrides(request: SideRequest) -> None:
+    """Each override must be of a pass that some recipe has; recipes without the pass stay as they are."""
+    passes = {pass_.name for recipe in request.recipes for pass_ in recipe_named(recipe).passes}
+    for text in request.overrides:
+        if text.partition(".")[0] not in passes:
+            known = f"The recipes have the passes {', '.join(sorted(passes))}."
+            raise _usage(
+                "compare.override",
+                f"The override {text!r} changes nothing here.",
+                known if passes else "Overrides change recipes, and none was given.",
+                "Write pass.option=value for a pass of a recipe that is compared.",
+            )
 
 
 def check_alike(sides: Sequence[Side]) -> None:

@@ -27,6 +27,9 @@ blockquote { margin: .5rem 0; padding: .6rem .8rem; background: var(--panel); bo
 svg { display: block; width: 100%; height: auto; max-width: 44rem; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg .soft { fill: var(--soft); }
 svg .axis { stroke: var(--line); } svg .a { fill: var(--accent); } svg .b { fill: var(--second); }
+svg .curve { fill: none; stroke-width: 2; } svg .c0 { stroke: var(--accent); }
+svg .c1 { stroke: var(--second); } svg .c2 { stroke: #0d9488; } svg .c3 { stroke: #c026d3; }
+svg .c4 { stroke: #dc2626; } svg .c5 { stroke: #65a30d; }
 svg .front { stroke: var(--accent); fill: none; stroke-dasharray: 4 4; }
 """
 

@@ -9,6 +9,7 @@ from html import escape
 Point = tuple[str, float, float, bool]
 _WIDTH, _HEIGHT = 640, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 16, 48
+_NUM_COLOURS = 6  # of curves, in the page's style
 
 
 def scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> str:
@@ -36,6 +37,33 @@ def scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> str:
             f"<text x='{px + shift:.1f}' y='{py - 8:.1f}' text-anchor='{anchor}'>{escape(label)}</text>"
         )
     return _svg(_WIDTH, _HEIGHT, parts, f"{y_title} against {x_title}")
+
+
+def curve_plot(curves: Sequence[tuple[str, Sequence[float]]], x_title: str) -> str:
+    """For each label the share of its values, sorted, that lie at or below x. Values beyond nine tenths of
+    all by more than half are cut off, so that one slow request does not squeeze the rest."""
+    every = sorted(value for _, values in curves for value in values if math.isfinite(value))
+    if not every:
+        return "<p>Nothing to plot.</p>"
+    x_most = min(every[-1], 1.5 * every[int(0.9 * (len(every) - 1))]) * 1.05 or 1.0
+    width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    parts = [_axes(x_most, 1.0, x_title, "share of requests")]
+    for index, (label, values) in enumerate(curves):
+        points = [(float(_LEFT), 0.0)]
+        for rank, value in enumerate(sorted(values), 1):
+            x = _LEFT + width * min(value, x_most) / x_most
+            points += [(x, points[-1][1]), (x, rank / len(values))]
+        path = " ".join(f"{x:.1f},{_TOP + height * (1 - share):.1f}" for x, share in points)
+        kind = f"c{index % _NUM_COLOURS}"
+        dash = "" if index < _NUM_COLOURS else " stroke-dasharray='6 4'"
+        parts.append(f"<polyline class='curve {kind}' points='{path}'{dash}/>")
+        y = _HEIGHT - _BOTTOM - 12 - 18 * (len(curves) - 1 - index)
+        end = _WIDTH - _RIGHT
+        parts.append(
+            f"<line class='curve {kind}' x1='{end - 26}' y1='{y - 4}' x2='{end}' y2='{y - 4}'{dash}/>"
+        )
+        parts.append(f"<text x='{end - 34}' y='{y}' text-anchor='end'>{escape(_short(label, 28))}</text>")
+    return _svg(_WIDTH, _HEIGHT, parts, f"share of requests against {x_title}")
 
 
 def bars(title: str, values: Sequence[tuple[str, float]]) -> str:

@@ -1,0 +1,1 @@
+"""A search over recipes of one model: proposed, dropped by estimates, measured, and the front of the rest."""
