@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import Record
-from visitors import Endings, Visitor
+from visitors import MEAN_PAUSE_S, Endings, Visitor
 
 BAR_GROWTH = 0.02
 NUM_VISITORS = 16
@@ -35,12 +35,15 @@ def resident_bytes(pid: int) -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def soak(port: int, vocab_size: int, pid: int, seconds: float, seed: int) -> dict[str, Any]:
+async def soak(
+    port: int, vocab_size: int, pid: int, seconds: float, seed: int, pause_s: float
+) -> dict[str, Any]:
     """Endings of all visits, and the server's memory over time."""
     endings = Endings()
     stop = asyncio.Event()
     visitors = [
-        Visitor(port, vocab_size, seed * NUM_VISITORS + index, endings) for index in range(NUM_VISITORS)
+        Visitor(port, vocab_size, seed * NUM_VISITORS + index, endings, pause_s)
+        for index in range(NUM_VISITORS)
     ]
     tasks = [asyncio.create_task(each.run(stop)) for each in visitors]
     started = time.monotonic()
@@ -114,6 +117,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--artifact", help="Serve this one; a simulated model without it.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--pause", type=float, default=MEAN_PAUSE_S, help="Seconds between two visits of one."
+    )
     parser.add_argument("--no-record", action="store_true", help="Print only.")
     arguments = parser.parse_args()
     record = Record("soak")
@@ -124,7 +130,10 @@ def main() -> int:
             assert process.stdout is not None
             ready = json.loads(process.stdout.readline())
             results = asyncio.run(
-                soak(ready["port"], ready["vocab_size"], process.pid, arguments.seconds, arguments.seed)
+                soak(
+                    *(ready["port"], ready["vocab_size"], process.pid),
+                    *(arguments.seconds, arguments.seed, arguments.pause),
+                )
             )
             results["idle"] = wait_until_idle(ready["port"])
             process.send_signal(signal.SIGTERM)
@@ -132,7 +141,13 @@ def main() -> int:
         except BaseException:
             process.kill()
             raise
-    results = {"seconds": arguments.seconds, "clients": NUM_VISITORS, "bar_rss_growth": BAR_GROWTH, **results}
+    results = {
+        "seconds": arguments.seconds,
+        "clients": NUM_VISITORS,
+        "mean_pause_s": arguments.pause,
+        "bar_rss_growth": BAR_GROWTH,
+        **results,
+    }
     results["failures"] = failures_of(results)
     if not arguments.no_record:
         record.write(results)

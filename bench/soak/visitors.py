@@ -32,13 +32,16 @@ class Endings:
 
 
 class Visitor:
-    """One client, again and again until `stop`."""
+    """One client, again and again until `stop`, with `pause_s` between visits on the average."""
 
-    def __init__(self, port: int, vocab_size: int, seed: int, endings: Endings) -> None:
+    def __init__(
+        self, port: int, vocab_size: int, seed: int, endings: Endings, pause_s: float = MEAN_PAUSE_S
+    ) -> None:
         self._port = port
         self._vocab_size = vocab_size
         self._random = random.Random(seed)
         self._endings = endings
+        self._pause_s = pause_s
 
     async def run(self, stop: asyncio.Event) -> None:
         """Visits until told to stop; the last visit is brought to its ending."""
@@ -51,7 +54,7 @@ class Visitor:
                 self._endings.add(kind, "none", f"nothing came for {PATIENCE_S:.0f} s")
             except OSError as error:
                 self._endings.add(kind, "none", f"{type(error).__name__}: {error}")
-            await asyncio.sleep(self._random.expovariate(1 / MEAN_PAUSE_S))
+            await asyncio.sleep(self._random.expovariate(1 / self._pause_s))
 
     async def _visit(self, kind: str) -> None:
         fields = self._fields(kind)

@@ -253,6 +253,57 @@ def test_what_is_hardly_http(shared):
         assert b" 4" in exchange(shared, flood).split(b"\r\n")[0]
 
 
+def test_sockets_that_are_half_closed(shared):
+    """In the middle of a body nothing is computed; behind a whole request it is let go, or answered."""
+    body = json.dumps({"prompt": "hello", "max_tokens": 40}).encode()
+    lines = (b"POST /v1/completions HTTP/1.1", b"Host: x", b"Content-Type: application/json")
+    head = b"\r\n".join((*lines, b"Content-Length: %d", b"", b""))
+    before = shared.metric("llmc:generation_tokens_total")
+    cut = exchange(shared, head % (len(body) + 20) + body)
+    assert not cut or b" 4" in cut.split(b"\r\n")[0]
+    shared.wait_until_idle()
+    assert shared.metric("llmc:generation_tokens_total") == before
+    whole = exchange(shared, head % len(body) + body)
+    assert not whole or b" 200 " in whole.split(b"\r\n")[0]
+    shared.wait_until_idle()
+
+
+def test_others_are_served_meanwhile(serve):
+    """One of each kind of bad input while a stream runs: it says what it says alone."""
+    running = serve()
+    asked = {"prompt": "hello", "max_tokens": 100, "temperature": 1, "seed": 4, "ignore_eos": True}
+    expected = running.post(COMPLETIONS, **asked).json()["choices"][0]["text"]
+    running.executor.delay_s = 0.01
+    bad = [
+        (COMPLETIONS, b"{", 400),
+        (COMPLETIONS, json.dumps({"prompt": "a" * 10_000_000}), 413),
+        (COMPLETIONS, json.dumps({"prompt": "a", "mood": 1}), 400),
+        (COMPLETIONS, json.dumps({"prompt": 5}), 400),
+        (COMPLETIONS, json.dumps({"prompt": "a", "max_tokens": -(10**30)}), 400),
+        (COMPLETIONS, b'{"prompt": "a", "temperature": NaN}', 400),
+        (COMPLETIONS, json.dumps({"prompt": "a", "model": "gpt-5"}), 404),
+        (COMPLETIONS, b'{"prompt": "\xff\xfe"}', 400),
+        (COMPLETIONS, json.dumps({"prompt": [29]}), 400),
+        (CHAT, json.dumps({"messages": []}), 400),
+        (CHAT, json.dumps({"messages": [{"role": "evil", "content": "x"}]}), 400),
+        (COMPLETIONS, json.dumps({"prompt": "a", "guided_json": {"type": "mood"}}), 400),
+        (COMPLETIONS, json.dumps({"prompt": "a", "stop": ["x"] * 65}), 400),
+        (COMPLETIONS, json.dumps({"prompt": "a", "n": 64, "max_tokens": 10**9}), 400),
+    ]
+    seen = []
+    with running.http.stream("POST", running.url + COMPLETIONS, json={**asked, "stream": True}) as response:
+        lines = response.iter_lines()
+        told = [next(lines)]
+        with httpx.Client(timeout=30) as other:
+            headers = {"content-type": "application/json"}
+            for path, body, _ in bad:
+                seen.append(other.post(running.url + path, content=body, headers=headers).status_code)
+        told += lines
+    assert seen == [status for _, _, status in bad]
+    events = [json.loads(line[6:]) for line in told if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events) == expected
+
+
 def test_half_a_request_is_given_up(serve):
     running = serve(body_timeout_s=0.2)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"
