@@ -21,10 +21,12 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 tr:last-child > * { border-bottom: 0; }
 tr:first-child th:not(:only-of-type) { color: var(--soft); font-weight: 500; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper);
+  white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-width: 10rem; }
+.facts td { white-space: normal; overflow-wrap: anywhere; }
 blockquote { margin: .5rem 0; padding: .6rem .8rem; background: var(--panel); border-radius: .5rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
-svg { display: block; width: 100%; height: auto; max-width: 44rem; }
+svg { display: block; width: 100%; height: auto; max-width: 31rem; margin: .4rem 0 1rem; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg .soft { fill: var(--soft); }
 svg .axis { stroke: var(--line); } svg .a { fill: var(--accent); } svg .b { fill: var(--second); }
 svg .curve { fill: none; stroke-width: 2; } svg .c0 { stroke: var(--accent); }
@@ -52,7 +54,7 @@ def section(title: str, body: str) -> str:
 def facts_table(rows: list[tuple[str, str]]) -> str:
     """Names and texts in two columns."""
     body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f"<div class='scroll'><table>{body}</table></div>"
+    return f"<div class='scroll facts'><table>{body}</table></div>"
 
 
 def wide_table(header: list[str], rows: list[list[str]]) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from html import escape
 
 Point = tuple[str, float, float, bool]
-_WIDTH, _HEIGHT = 640, 360
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 16, 48
+# Narrow, so that on a phone, which shows all of it, words are as large as in a text.
+_WIDTH, _HEIGHT = 420, 280
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 16, 24, 46
+_LABEL = 116  # what the names of rows take
 _NUM_COLOURS = 6  # of curves, in the page's style
 
 
@@ -57,13 +59,12 @@ def curve_plot(curves: Sequence[tuple[str, Sequence[float]]], x_title: str) -> s
         kind = f"c{index % _NUM_COLOURS}"
         dash = "" if index < _NUM_COLOURS else " stroke-dasharray='6 4'"
         parts.append(f"<polyline class='curve {kind}' points='{path}'{dash}/>")
-        y = _HEIGHT - _BOTTOM - 12 - 18 * (len(curves) - 1 - index)
-        end = _WIDTH - _RIGHT
+        y = _HEIGHT + 18 * index + 10
         parts.append(
-            f"<line class='curve {kind}' x1='{end - 26}' y1='{y - 4}' x2='{end}' y2='{y - 4}'{dash}/>"
+            f"<line class='curve {kind}' x1='{_LEFT}' y1='{y - 4}' x2='{_LEFT + 26}' y2='{y - 4}'{dash}/>"
         )
-        parts.append(f"<text x='{end - 34}' y='{y}' text-anchor='end'>{escape(_short(label, 28))}</text>")
-    return _svg(_WIDTH, _HEIGHT, parts, f"share of requests against {x_title}")
+        parts.append(f"<text x='{_LEFT + 34}' y='{y}'>{escape(_short(label, 44))}</text>")
+    return _svg(_WIDTH, _HEIGHT + 18 * len(curves) + 4, parts, f"share of requests against {x_title}")
 
 
 def bars(title: str, values: Sequence[tuple[str, float]]) -> str:
@@ -73,10 +74,10 @@ def bars(title: str, values: Sequence[tuple[str, float]]) -> str:
     parts = [f"<text class='soft' x='0' y='14'>{escape(title)}</text>"]
     for index, (label, value) in enumerate(values):
         y = top + index * row
-        width = 340 * value / most if math.isfinite(value) else 0.0
-        parts.append(f"<text x='0' y='{y + 15}'>{escape(_short(label, 24))}</text>")
-        parts.append(f"<rect class='a' x='180' y='{y + 2}' width='{width:.1f}' height='18' rx='3'/>")
-        parts.append(f"<text x='{188 + width:.1f}' y='{y + 15}'>{value:.3g}</text>")
+        width = (_WIDTH - _LABEL - 56) * value / most if math.isfinite(value) else 0.0
+        parts.append(f"<text x='0' y='{y + 15}'>{escape(_short(label, 17))}</text>")
+        parts.append(f"<rect class='a' x='{_LABEL}' y='{y + 2}' width='{width:.1f}' height='18' rx='3'/>")
+        parts.append(f"<text x='{_LABEL + 8 + width:.1f}' y='{y + 15}'>{value:.3g}</text>")
     return _svg(_WIDTH, top + row * len(values) + 8, parts, title)
 
 
@@ -85,23 +86,23 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str],
     values = [value for _, cells in rows for value in cells if math.isfinite(value) and value > 0]
     low, high = (math.log10(min(values)), math.log10(max(values))) if values else (0.0, 1.0)
     span = max(high - low, 1e-9)
-    cell = max(6.0, min(40.0, (_WIDTH - 150) / max(1, len(labels))))
+    cell = min(40.0, (_WIDTH - _LABEL) / max(1, len(labels)))
     parts: list[str] = []
     for index, (name, cells) in enumerate(rows):
         y = 8 + 30 * index
-        parts.append(f"<text x='0' y='{y + 18}'>{escape(_short(name, 20))}</text>")
+        parts.append(f"<text x='0' y='{y + 18}'>{escape(_short(name, 17))}</text>")
         for column, value in enumerate(cells):
             known = math.isfinite(value) and value > 0
             strength = 0.08 + 0.92 * (math.log10(value) - low) / span if known else 0.03
-            x = 140 + column * cell
+            x = _LABEL + column * cell
             parts.append(
-                f"<rect class='b' x='{x:.1f}' y='{y}' width='{cell - 1:.1f}' height='26' "
+                f"<rect class='b' x='{x:.1f}' y='{y}' width='{0.92 * cell:.2f}' height='26' "
                 f"opacity='{strength:.2f}'><title>{escape(name)}, {escape(labels[column])}: "
                 f"{value:.3g}</title></rect>"
             )
     bottom = 8 + 30 * len(rows)
-    last = 140 + cell * len(labels)
-    parts.append(f"<text class='soft' x='140' y='{bottom + 16}'>{escape(labels[0])}</text>")
+    last = _LABEL + cell * len(labels)
+    parts.append(f"<text class='soft' x='{_LABEL}' y='{bottom + 16}'>{escape(labels[0])}</text>")
     parts.append(
         f"<text class='soft' x='{last:.1f}' y='{bottom + 16}' text-anchor='end'>{escape(labels[-1])}</text>"
     )
@@ -119,16 +120,20 @@ def _axes(x_most: float, y_most: float, x_title: str, y_title: str) -> str:
         parts.append(
             f"<line class='axis' x1='{_LEFT}' y1='{y:.1f}' x2='{_WIDTH - _RIGHT}' y2='{y:.1f}'/>"
             f"<text class='soft' x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>"
-            f"{y_most * step / 4:.2g}</text>"
+            f"{_tick(y_most * step / 4)}</text>"
             f"<text class='soft' x='{x:.1f}' y='{_HEIGHT - _BOTTOM + 18}' text-anchor='middle'>"
-            f"{x_most * step / 4:.3g}</text>"
+            f"{_tick(x_most * step / 4)}</text>"
         )
     parts.append(
         f"<text class='soft' x='{_WIDTH - _RIGHT}' y='{_HEIGHT - 8}' text-anchor='end'>"
         f"{escape(x_title)}</text>"
-        f"<text class='soft' x='{_LEFT + 4}' y='{_TOP + 10}'>{escape(y_title)}</text>"
+        f"<text class='soft' x='0' y='12'>{escape(y_title)}</text>"
     )
     return "".join(parts)
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def _svg(width: float, height: float, parts: Sequence[str], title: str) -> str:
