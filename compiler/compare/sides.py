@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...artifact.checksums import sha256_of
@@ -14,7 +14,7 @@ from ..cache.config import CacheConfig
 from ..cache.session import CompileCache
 from ..ledger import Progress
 from ..source import find_model
-from .made import compile_side, recipe_named
+from .made import ORIGINAL, compile_side, recipe_named
 
 _TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -41,7 +41,7 @@ class SideRequest:
 
 def open_sides(request: SideRequest, cache: CompileCache, progress: Progress) -> tuple[Side, ...]:
     """Every side, compiled where it must be. A model folder without recipes is the original: unquantised, in
-    float32, for the same target.
+    float32, for the target of the first artifact where `request` names none.
 
     Raises UsageError for fewer than two sides, recipes without a model, and artifacts that do not belong
     to one model and tokenizer, naming what differs.
@@ -55,13 +55,16 @@ def open_sides(request: SideRequest, cache: CompileCache, progress: Progress) ->
             "Name one model folder, and recipes with --recipe.",
         )
     _check_overrides(request)
+    made = {path: open_unchecked(path) for path in request.paths if path not in models}
+    if request.target is None and made:
+        request = replace(request, target=next(iter(made.values())).manifest.target.name)
     sides: list[Side] = []
     for path in request.paths:
-        if path not in models:
-            sides.append(Side(name=Path(path).name.removesuffix(".llmc"), artifact=open_unchecked(path)))
+        if path in made:
+            sides.append(Side(name=Path(path).name.removesuffix(".llmc"), artifact=made[path]))
             continue
         find_model(path)
-        for recipe in request.recipes or ("original",):
+        for recipe in request.recipes or (ORIGINAL,):
             sides.append(
                 Side(name=_name(recipe), artifact=compile_side(path, recipe, request, cache, progress))
             )

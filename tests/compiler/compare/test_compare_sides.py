@@ -54,6 +54,8 @@ def test_every_column_has_a_number_for_every_side(found):
     assert eight.values["goodput_per_s"] > 0
     assert found.reference == "plain"
     assert len(eight.layers) == 3
+    assert len(eight.latencies["tpot_s"]) == found.rounds * 3, "a time for every request"
+    assert found.as_dict()["rows"][1]["latency"]["ttft_s"].keys() == {"p50", "p90", "p99"}
     assert all(error > 0 for error in eight.layers)
     assert set(found.pareto) == {"plain", "eight"}
 
@@ -113,6 +115,7 @@ def run(*arguments):
         (("--price-per-hour", "cheap"), "--price-per-hour is 'cheap'"),
         (("--limit", "kl=1"), "The limit 'kl=1' cannot be read"),
         (("--limit", "ttft=soon"), "--limit is 'soon'"),
+        (("--set", "rtn.bits=4"), "The override 'rtn.bits=4' changes nothing here"),
         ((), "There is 1 side to compare"),
     ],
 )
@@ -130,3 +133,18 @@ def test_a_recipe_with_a_typo_names_the_closest(stories_1m):
 
 def test_a_ratio_says_no_difference_where_its_interval_holds_one(found):
     assert ratio_text(found.rows[0].ratios["tpot_s"]) == "no difference"
+
+
+@pytest.mark.slow
+def test_a_model_folder_is_the_original_for_the_same_target(artifacts, stories_1m):
+    found = compare(request_for(artifacts["eight"], stories_1m, baseline="original"))
+    original = next(row for row in found.rows if row.name == "original")
+    assert found.reference == "original"
+    assert original.executor == "reference"
+    assert original.values["bits_per_weight"] > 31
+
+
+def test_an_override_that_no_recipe_has_is_refused(stories_1m):
+    result = run(stories_1m, "--recipe", "int8", "--recipe", "none", "--set", "gptg.bits=3")
+    assert result.exit_code == 2
+    assert "'gptg.bits=3' changes nothing here" in result.output
