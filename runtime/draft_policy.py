@@ -4,16 +4,20 @@ that were accepted. A decision changes when tokens come, never which."""
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Drafting must promise this much more speed than plain decoding, since the promise is an estimate.
 MARGIN = 1.03
-# Where it does not pay by what was accepted so far, one step in so many tries again.
-PROBE_STEPS = 100
+# Where it does not pay by what was accepted so far, it is tried again after so many steps; each time that it
+# still does not, after twice as many, up to the second number.
+PROBE_STEPS, MOST_PROBE_STEPS = 100, 1600
 # What is believed of the first drafts, as so many of them at this share; and how slowly it is forgotten.
 _PRIOR_SHARE, _PRIOR_WEIGHT = 0.7, 8.0
 _MEMORY = 256.0
+# Steps whose seconds are remembered, which is cheaper than to work them out again.
+_MOST_KEPT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +61,14 @@ class Acceptance:
         self._tried = [_PRIOR_WEIGHT] * most
         self._accepted = [_PRIOR_WEIGHT * _PRIOR_SHARE] * most
 
-    def observe(self, num_drafted: int, num_accepted: int) -> None:
-        """Of `num_drafted` drafts of one request the first `num_accepted` were accepted."""
+    def observe(self, num_drafted: int, num_accepted: int, times: int = 1) -> None:
+        """Of `num_drafted` drafts the first `num_accepted` were accepted, in `times` requests."""
         for place in range(min(num_drafted, num_accepted + 1, len(self._tried))):
             if self._tried[place] >= _MEMORY:
                 self._tried[place] *= 0.5
                 self._accepted[place] *= 0.5
-            self._tried[place] += 1.0
-            self._accepted[place] += place < num_accepted
+            self._tried[place] += times
+            self._accepted[place] += times if place < num_accepted else 0
 
     def expected(self) -> list[float]:
         """Entry j is the number of accepted tokens to expect of j drafts."""
@@ -81,38 +85,75 @@ class DraftPolicy:
     def __init__(self, most: int, costs: SpeculationCosts | None = None) -> None:
         self.most = most
         self.acceptance = Acceptance(most)
+        self.is_probe = False
         self._costs = costs
+        self._seconds: dict[tuple[int, int, int], float] = {}
+        self._hopes: dict[tuple[int, bool], bool] = {}
         self._steps_without = 0
+        self._probe_steps = PROBE_STEPS
+
+    def can_pay(self, num_requests: int, is_free: bool) -> bool:
+        """Whether drafting for all or some of `num_requests` requests would pay if every draft were accepted.
+        Where not, there is no need to look for drafts."""
+        if self._costs is None:
+            return True
+        key = (num_requests, is_free)
+        found = self._hopes.get(key)
+        if found is None:
+            certain = [float(count) for count in range(self.most + 1)]
+            some = [(self.most,) * count for count in range(1, num_requests + 1)] if is_free else [None]
+            found = self._hopes[key] = any(self._best(num_requests, each, certain) for each in some)
+        return found
 
     def choose(self, num_requests: int, lengths: Sequence[int] | None = None) -> int:
         """How many tokens to draft for each of `num_requests` requests that decode; 0 where none pays.
-        `lengths` are the drafts at hand, of some of the requests, which cost nothing to make."""
+        `lengths` are the drafts at hand, of some of the requests, which cost nothing to make. `is_probe` says
+        whether what is chosen is not expected to pay, and one request is enough to learn from."""
+        self.is_probe = False
         if not num_requests or lengths == ():
             return 0
         if self._costs is None:
             return self.most
         best = self._best(num_requests, lengths, self.acceptance.expected())
         if best:
-            self._steps_without = 0
+            self._steps_without, self._probe_steps = 0, PROBE_STEPS
             return best
-        self._steps_without += 1
-        if self._steps_without < PROBE_STEPS:
+        self.skip()
+        if self._steps_without < self._probe_steps:
             return 0
-        self._steps_without = 0
+        self._steps_without, self._probe_steps = 0, min(2 * self._probe_steps, MOST_PROBE_STEPS)
         certain = [float(count) for count in range(self.most + 1)]
-        return min(1, self._best(num_requests, lengths, certain))
+        self.is_probe = self._best(num_requests, lengths, certain) > 0
+        return int(self.is_probe)
+
+    def skip(self) -> None:
+        """A step passed without drafts."""
+        self._steps_without += 1
 
     def _best(self, num_requests: int, lengths: Sequence[int] | None, expected: Sequence[float]) -> int:
-        costs = self._costs
-        assert costs is not None
-        plain_s = costs.step_s(num_requests, num_requests)
+        plain_s = self._step_s(num_requests, num_requests, 0)
         best, best_rate = 0, MARGIN * num_requests / plain_s if plain_s > 0 else 0.0
+        at_hand = Counter(lengths or ())
         for count in range(1, self.most + 1):
-            used = [count] * num_requests if lengths is None else [min(count, length) for length in lengths]
-            seconds = costs.step_s(num_requests, num_requests + sum(used))
             if lengths is None:
-                seconds += count * costs.draft.at(num_requests)
-            rate = (num_requests + sum(expected[each] for each in used)) / max(seconds, 1e-12)
+                num_drafted, num_expected = count * num_requests, num_requests * expected[count]
+            else:
+                num_drafted = sum(times * min(count, length) for length, times in at_hand.items())
+                num_expected = sum(times * expected[min(count, length)] for length, times in at_hand.items())
+            seconds = self._step_s(num_requests, num_requests + num_drafted, count if lengths is None else 0)
+            rate = (num_requests + num_expected) / max(seconds, 1e-12)
             if rate > best_rate:
                 best, best_rate = count, rate
         return best
+
+    def _step_s(self, num_requests: int, num_tokens: int, num_drawn: int) -> float:
+        """A step of `num_tokens` tokens, and the `num_drawn` tokens drafted for each request before it."""
+        key = (num_requests, num_tokens, num_drawn)
+        seconds = self._seconds.get(key)
+        if seconds is None:
+            costs = self._costs
+            assert costs is not None
+            seconds = costs.step_s(num_requests, num_tokens) + num_drawn * costs.draft.at(num_requests)
+            if len(self._seconds) < _MOST_KEPT:
+                self._seconds[key] = seconds
+        return seconds

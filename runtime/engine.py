@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -110,6 +110,7 @@ class Engine:
         self._in_flight: deque[_Flight] = deque()
         self._deadlines: list[tuple[float, int]] = []
         self._outputs: list[RequestOutput] = []
+        self._verified: Counter[tuple[int, int]] = Counter()
         self._epoch = 0
         self.stats = EngineStats()
 
@@ -277,6 +278,8 @@ class Engine:
         for chunk, row in zip(flight.chunks, result.rows, strict=True):
             if chunk.request.is_live:
                 self._accept(chunk, row)
+        if self._verified:
+            self._count_drafts()
 
     def _accept(self, chunk: Chunk, row: RowResult) -> None:
         """Commits one row's result."""
@@ -295,7 +298,7 @@ class Engine:
         if draft_ids:
             request.has_drafts_pending = False
             request.num_scheduled = end
-            self._count_drafts(len(draft_ids), row.num_accepted)
+            self._verified[len(draft_ids), row.num_accepted] += 1
         token_ids, reason = self._append(request, row.token_ids) if samples else ((), None)
         self.fairness.generate(request.request.key, len(token_ids))
         request.num_computed = min(end, len(request.token_ids))
@@ -341,16 +344,19 @@ class Engine:
         request.num_prompt_logprobs += len(fresh)
         return fresh
 
-    def _count_drafts(self, num_drafted: int, num_accepted: int) -> None:
+    def _count_drafts(self) -> None:
+        """Tells of one step's drafts, of those requests together that had and accepted as many."""
         stats = self.stats
-        if self._speculator is not None:
-            self._speculator.observe(num_drafted, num_accepted)
-        while len(stats.drafted_at) < num_drafted:
-            stats.drafted_at.append(0)
-            stats.accepted_at.append(0)
-        for place in range(num_drafted):
-            stats.drafted_at[place] += 1
-            stats.accepted_at[place] += place < num_accepted
+        for (num_drafted, num_accepted), times in self._verified.items():
+            if self._speculator is not None:
+                self._speculator.observe(num_drafted, num_accepted, times)
+            missing = [0] * (num_drafted - len(stats.drafted_at))
+            stats.drafted_at.extend(missing)
+            stats.accepted_at.extend(missing)
+            for place in range(num_drafted):
+                stats.drafted_at[place] += times
+                stats.accepted_at[place] += times if place < num_accepted else 0
+        self._verified.clear()
 
     def _preempt(self, request: RunningRequest) -> None:
         """Back to the queue: the pages go, the tokens stay."""

@@ -243,12 +243,13 @@ class _Draft:
             chunk = self.chunks.get(request)
             if chunk is None or request.num_pending:
                 continue
-            draft_ids = draft_ids[: self.budget]
-            end = chunk.start + 1
-            if not draft_ids or not self._take_pages(request, end, end + len(draft_ids)):
+            if len(draft_ids) > self.budget:
+                draft_ids = draft_ids[: self.budget]
+            start = chunk.start
+            if not draft_ids or not self._take_pages(request, start + 1, start + 1 + len(draft_ids)):
                 continue
             self.budget -= len(draft_ids)
-            self.chunks[request] = chunk._replace(draft_ids=draft_ids)
+            self.chunks[request] = Chunk(request, start, 1, draft_ids, True)
 
     def open_lane(self, num_tokens: int | None) -> None:
         """Long prompts have `num_tokens` of the budget before others; None when there is no lane."""

@@ -12,6 +12,9 @@ from .draft_policy import DraftPolicy, SpeculationCosts
 from .protocol import Executor
 from .request import RunningRequest
 
+# Steps between two looks for drafts of which none was worth its time.
+MOST_REST = 15
+
 
 class Proposer(Protocol):
     """Proposes up to `k` tokens for each request; a request it has no idea for is left out. Where proposing
@@ -30,20 +33,25 @@ class Proposer(Protocol):
 
 
 class NgramIndex:
-    """Where each n-gram of a growing token list occurred last, for n from `min_n` to `max_n`."""
+    """Where each n-gram of a growing token list occurred last, for n from `min_n` to `max_n`. Tokens are only
+    ever appended between calls."""
 
     def __init__(self, min_n: int, max_n: int) -> None:
         self._sizes = range(max_n, min_n - 1, -1)
+        self._longest = max_n
+        self._cuts = range(max_n - min_n + 1)
         self._next: dict[tuple[int, ...], int] = {}
-        self._num_indexed = 0
+        self._length = 0
+        self._suffixes: list[tuple[int, ...]] = []
 
     def propose(self, token_ids: Sequence[int], k: int) -> tuple[int, ...]:
         """The `k` tokens that followed the latest earlier occurrence of the longest matching suffix
         (prompt lookup, Saxena 2023); a match that reaches the end continues into its own copy."""
-        self._extend(token_ids)
         length = len(token_ids)
-        for size in self._sizes:
-            start = self._next.get(tuple(token_ids[-size:])) if length > size else None
+        if length != self._length:
+            self._extend(token_ids, length)
+        for suffix in self._suffixes:
+            start = self._next.get(suffix)
             if start is not None:
                 if start + k <= length:
                     return tuple(token_ids[start : start + k])
@@ -53,14 +61,21 @@ class NgramIndex:
                 return tuple(draft)
         return ()
 
-    def _extend(self, token_ids: Sequence[int]) -> None:
-        """Indexes every n-gram that some token follows."""
-        following = self._next
-        for end in range(max(1, self._num_indexed), len(token_ids)):
+    def _extend(self, token_ids: Sequence[int], length: int) -> None:
+        """Indexes every n-gram that some token follows: those that were last, and what came behind them."""
+        following, end = self._next, self._length
+        for suffix in self._suffixes:
+            following[suffix] = end
+        for later in range(end + 1, length):
             for size in self._sizes:
-                if end >= size:
-                    following[tuple(token_ids[end - size : end])] = end
-        self._num_indexed = len(token_ids)
+                if size <= later:
+                    following[tuple(token_ids[later - size : later])] = later
+        longest = tuple(token_ids[-self._longest :])
+        if length >= self._longest:
+            self._suffixes = [longest[cut:] for cut in self._cuts]
+        else:
+            self._suffixes = [longest[-size:] for size in self._sizes if size <= length]
+        self._length = length
 
 
 class NgramProposer:
@@ -121,20 +136,41 @@ class Speculator:
     def __init__(self, proposer: Proposer, policy: DraftPolicy) -> None:
         self._proposer = proposer
         self._policy = policy
+        self._num_resting = 0  # steps that are still to pass before drafts are looked for
+        self._rest = 0
 
     def propose(self, requests: Sequence[RunningRequest]) -> dict[RunningRequest, tuple[int, ...]]:
         """Drafts behind the tokens of some of `requests`, each of which has one token to compute."""
         proposer, policy = self._proposer, self._policy
-        if not proposer.is_free:
-            count = policy.choose(len(requests))
-            return _usable(proposer.propose(requests, count)) if count else {}
-        drafts = _usable(proposer.propose(requests, policy.most))
+        if not requests or not policy.can_pay(len(requests), proposer.is_free):
+            return {}
+        if proposer.is_free:
+            return self._propose_free(requests)
+        count = policy.choose(len(requests))
+        if policy.is_probe:
+            requests = requests[-1:]
+        return _usable(proposer.propose(requests, count)) if count else {}
+
+    def _propose_free(self, requests: Sequence[RunningRequest]) -> dict[RunningRequest, tuple[int, ...]]:
+        """Drafts that were worth nothing are looked for more and more rarely: looking takes time, too."""
+        policy = self._policy
+        if self._num_resting:
+            self._num_resting -= 1
+            policy.skip()
+            return {}
+        drafts = _usable(self._proposer.propose(requests, policy.most))
         count = policy.choose(len(requests), tuple(map(len, drafts.values())))
+        if count or not drafts:
+            self._rest = 0
+        else:
+            self._num_resting = self._rest = min(2 * self._rest + 1, MOST_REST)
+        if count == policy.most:
+            return drafts
         return {request: draft_ids[:count] for request, draft_ids in drafts.items()} if count else {}
 
-    def observe(self, num_drafted: int, num_accepted: int) -> None:
-        """Of `num_drafted` drafts of one request the first `num_accepted` were accepted."""
-        self._policy.acceptance.observe(num_drafted, num_accepted)
+    def observe(self, num_drafted: int, num_accepted: int, times: int) -> None:
+        """Of `num_drafted` drafts the first `num_accepted` were accepted, in `times` requests."""
+        self._policy.acceptance.observe(num_drafted, num_accepted, times)
 
     def forget(self, request_id: int) -> None:
         """The request ended or lost its row."""
@@ -164,7 +200,9 @@ def _usable(drafts: dict[RunningRequest, tuple[int, ...]]) -> dict[RunningReques
     """Drafts within each request's token limit, up to the first that its grammar does not allow."""
     usable: dict[RunningRequest, tuple[int, ...]] = {}
     for request, draft_ids in drafts.items():
-        kept = draft_ids[: request.request.max_tokens - request.num_generated - 1]
+        spec = request.request
+        left = spec.max_tokens - len(request.token_ids) + len(spec.prompt_token_ids) - 1
+        kept = draft_ids if len(draft_ids) <= left else draft_ids[:left]
         if request.grammar is not None:
             kept = kept[: request.grammar.count_allowed(kept)]
         if kept:

@@ -14,6 +14,9 @@ from llmc.runtime.draft_policy import (
     DraftPolicy,
     SpeculationCosts,
 )
+from llmc.runtime.protocol import SamplingState
+from llmc.runtime.request import Request, RunningRequest
+from llmc.runtime.speculation import MOST_REST, NgramIndex, Speculator
 
 pytestmark = pytest.mark.pure
 
@@ -64,14 +67,82 @@ def test_what_is_rejected_ends_drafting_but_for_a_probe():
     policy = DraftPolicy(4, BOUND)
     for _ in range(300):
         policy.acceptance.observe(4, 0)
-    chosen = [policy.choose(1) for _ in range(3 * PROBE_STEPS)]
-    assert chosen.count(1) == 3
+    chosen = [policy.choose(1) for _ in range(7 * PROBE_STEPS)]
+    assert [step + 1 for step, count in enumerate(chosen) if count] == [
+        PROBE_STEPS,
+        3 * PROBE_STEPS,
+        7 * PROBE_STEPS,
+    ]
+    assert policy.is_probe
     assert sum(chosen) == 3
     hopeless = DraftPolicy(4, LINEAR)
     assert not any(hopeless.choose(32) for _ in range(3 * PROBE_STEPS))
     for _ in range(300):
         policy.acceptance.observe(1, 1)
     assert policy.choose(1) >= 1
+
+
+def test_where_no_draft_could_pay_none_is_looked_for():
+    assert DraftPolicy(4).can_pay(9, is_free=True)
+    for is_free in (False, True):
+        assert DraftPolicy(4, BOUND).can_pay(1, is_free)
+        assert not DraftPolicy(4, LINEAR).can_pay(8, is_free)
+    proposer = Copies()
+    speculator = Speculator(proposer, DraftPolicy(4, LINEAR))
+    assert [speculator.propose([object()] * 8) for _ in range(20)] == [{}] * 20
+    assert proposer.asked == []
+
+
+class Copies:
+    """Has two drafts for every request, and notes for how many it was asked."""
+
+    def __init__(self, is_free=True):
+        self.is_free = is_free
+        self.asked = []
+
+    def propose(self, requests, k):
+        self.asked.append(len(requests))
+        return dict.fromkeys(requests, (1, 1)[:k])
+
+    def forget(self, request_id):
+        pass
+
+
+def running(number):
+    request = Request(
+        request_id=number, prompt_token_ids=(1, 2), max_tokens=90, sampling=SamplingState(), arrival_s=0.0
+    )
+    return RunningRequest(
+        request=request, row=number, token_ids=[1, 2, 3], blocks=None, num_computed=2, num_scheduled=2
+    )
+
+
+def test_worthless_drafts_are_looked_for_more_and_more_rarely():
+    proposer, policy = Copies(), DraftPolicy(4, BOUND)
+    speculator = Speculator(proposer, policy)
+    requests = [running(0), running(1)]
+    assert set(speculator.propose(requests)) == set(requests)
+    speculator.observe(2, 0, times=400)
+    looked = []
+    for _ in range(64):
+        before = len(proposer.asked)
+        assert speculator.propose(requests) == {}
+        looked.append(len(proposer.asked) - before)
+    assert [step for step, times in enumerate(looked) if times] == [0, 2, 6, 14, 30, 46, 62]
+    speculator.observe(2, 2, times=400)
+    for _ in range(MOST_REST + 1):
+        found = speculator.propose(requests)
+    assert set(found) == set(requests)
+
+
+def test_a_probe_with_a_draft_model_is_one_request():
+    proposer = Copies(is_free=False)
+    speculator = Speculator(proposer, DraftPolicy(4, BOUND))
+    speculator.observe(4, 0, times=400)
+    requests = [running(0), running(1)]
+    found = [speculator.propose(requests) for _ in range(PROBE_STEPS)]
+    assert found == [{}] * (PROBE_STEPS - 1) + [{requests[1]: (1,)}]
+    assert proposer.asked == [1]
 
 
 def test_acceptance_is_by_place_and_forgets():
@@ -105,3 +176,27 @@ def test_what_is_chosen_is_expected_to_be_faster(seconds, draft_s, observed, num
         gained = num_requests * (1 + policy.acceptance.expected()[count])
         took = costs.step_s(num_requests, num_requests * (1 + count)) + count * costs.draft.at(num_requests)
         assert gained / took > MARGIN * num_requests / costs.step_s(num_requests, num_requests)
+
+
+@given(
+    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    cuts=st.lists(st.integers(1, 7), max_size=60),
+    sizes=st.sampled_from([(1, 1), (2, 4), (3, 3), (1, 5)]),
+    k=st.integers(1, 5),
+)
+def test_an_n_gram_index_finds_what_a_search_of_the_text_finds(tokens, cuts, sizes, k):
+    """However the text grows between calls."""
+    index, length = NgramIndex(*sizes), 0
+    for step in (*cuts, len(tokens)):
+        length = min(len(tokens), length + step)
+        known = tokens[:length]
+        want = ()
+        for size in range(sizes[1], sizes[0] - 1, -1):
+            ends = [end for end in range(size, length) if known[end - size : end] == known[-size:]]
+            if ends and length > size:
+                copied = list(known)
+                for place in range(k):
+                    copied.append(copied[ends[-1] + place])
+                want = tuple(copied[length:])
+                break
+        assert index.propose(known, k) == want
