@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from ...spec.errors import LlmcError
 
 def main(path: str, num_threads: str, max_requests: str) -> None:
     """Serve orders from stdin until it is closed."""
+    bind(int(num_threads))
     config = RuntimeConfig(
         prefix_cache=False, num_threads=int(num_threads), max_requests=max(1, int(max_requests))
     )
@@ -30,6 +32,14 @@ def main(path: str, num_threads: str, max_requests: str) -> None:
                 _say(_obey(llm, json.loads(line)))
     except LlmcError as error:
         _say({"error": error.as_dict(), "kind": type(error).__name__})
+
+
+def bind(num_threads: int) -> None:
+    """Run on as many of the cores as there are threads, the same for every side: what else those cores do
+    then slows all alike, wherever the system would have put each. 0 threads are one a core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if 0 < num_threads < len(cores):
+        os.sched_setaffinity(0, cores[-num_threads:])
 
 
 def _obey(llm: LLM, order: dict[str, Any]) -> dict[str, Any]:

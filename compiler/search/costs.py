@@ -17,8 +17,8 @@ UNSEEN = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What a prediction starts from: `prepare_s` are the seconds that compiling and running the unquantised
-    model took, `rounds_s` those that the rounds of a measurement may take."""
+    """What a prediction starts from: `prepare_s` are the seconds that compiling the unquantised model, twice,
+    and running it took, `rounds_s` those that the rounds of a measurement may take."""
 
     prepare_s: float
     rounds_s: float
@@ -29,7 +29,7 @@ class Costs:
 
     def measure_s(self, params: Params, trials: Sequence[Trial]) -> float:
         """Seconds to measure a recipe that is compiled."""
-        return _expected(MEASURE, params, trials, self.prepare_s + self.rounds_s)
+        return _expected(MEASURE, params, trials, UNSEEN * self.rounds_s)
 
     def trial_s(self, params: Params, trials: Sequence[Trial]) -> float:
         """Seconds of a whole trial."""
@@ -37,8 +37,9 @@ class Costs:
 
 
 def _expected(stage: str, params: Params, trials: Sequence[Trial], proxy_s: float) -> float:
+    """`proxy_s` where no trial is known at all."""
     seen = [(trial.params[METHOD], trial.seconds[stage]) for trial in trials if stage in trial.seconds]
     own = [seconds for method, seconds in seen if method == params[METHOD]]
     if own:
         return SAFETY * max(own)
-    return UNSEEN * max((seconds for _, seconds in seen), default=proxy_s)
+    return UNSEEN * max(seconds for _, seconds in seen) if seen else proxy_s
