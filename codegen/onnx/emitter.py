@@ -25,6 +25,8 @@ from .stored import StoredWeights
 
 Size = sympy.Expr
 Lowered = ir.Value | Size | tuple[Any, ...] | None
+# Makes of operands, rows of tokens, the result or results of a node.
+RowMaker = Callable[[tuple[ir.Value, ...]], Any]
 Lowering = Callable[["Emitter", fx.Node], Lowered]
 
 DTYPES = {
@@ -41,7 +43,8 @@ DTYPES = {
 @dataclass(slots=True)
 class Emitter:
     """State of one export. `shared` holds what several nodes derive from one value, by a name for it;
-    `activations` how the inputs of products are rounded, by the name of the codes."""
+    `activations` how the inputs of products are rounded, by the name of the codes; `batched` the values
+    `[B, S, ...]` that stand behind a value `[T, ...]`, with the dimensions that follow."""
 
     program: Program
     graph: OnnxGraph
@@ -52,6 +55,7 @@ class Emitter:
     env: dict[fx.Node, Lowered] = field(default_factory=dict[fx.Node, Lowered])
     shared: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
     names: dict[str, str] = field(default_factory=dict[str, str])
+    batched: dict[ir.Value, tuple[int, ...]] = field(default_factory=dict[ir.Value, tuple[int, ...]])
 
     def __post_init__(self) -> None:
         self.names = symbol_names(self.program.graph, self.program.inputs)
@@ -156,6 +160,41 @@ class Emitter:
             return scalar if dtype == INT64 else self.graph.cast(scalar, dtype)
         return self.graph.number(arg, dtype)
 
+    # Rows of the batch
+
+    def by_rows(self, node: fx.Node, args: Sequence[Any], make: RowMaker) -> Any:
+        """`make` of float operands for which it does not matter how rows are counted: as `[B, S, ...]`, the
+        form that attention takes and gives, where every tensor of `args` is there in it, else as `[T, ...]`.
+        A number or a vector of weights stays what it is.
+
+        The result (one value, or several where `node` has several) is `[T, ...]` for all others to read.
+        """
+        plain = [not isinstance(arg, fx.Node) or _is_vector(arg) for arg in args]
+        rows = [None if alone else self.rows_of(arg) for arg, alone in zip(args, plain, strict=True)]
+        ranks = {len(self.batched[value]) for value in rows if value is not None}
+        if len(ranks) != 1 or sum(value is None for value in rows) != sum(plain):
+            return make(tuple(self.operand(arg, FLOAT) for arg in args))
+        pairs = zip(args, rows, strict=True)
+        made = make(tuple(self.operand(arg, FLOAT) if value is None else value for arg, value in pairs))
+        meta = node.meta["val"]
+        if isinstance(made, tuple):
+            return tuple(self.joined(value, one.shape[1:]) for value, one in zip(made, meta, strict=True))
+        return self.joined(made, meta.shape[1:])
+
+    def rows_of(self, arg: fx.Node, dtype: ir.DataType = FLOAT) -> ir.Value | None:
+        """A tensor `[T, ...]` of `dtype` as `[B, S, ...]`, where there is such a value."""
+        value = self.env.get(arg)
+        if not isinstance(value, ir.Value) or self.dtype_of(arg) != dtype:
+            return None
+        base, dims = self.graph.base(value), arg.meta["val"].shape[1:]
+        is_fixed = all(isinstance(dim, int) for dim in dims)
+        return base if is_fixed and self.batched.get(base) == tuple(dims) else None
+
+    def joined(self, value: ir.Value, dims: Sequence[int]) -> ir.Value:
+        """`value[B, S, *dims]` as `[T, *dims]`; a reshape that nothing reads is left out of the graph."""
+        self.batched[value] = tuple(int(dim) for dim in dims)
+        return self.graph.reshape(value, self.graph.ints(-1, *self.batched[value]))
+
     # The walk
 
     def run(self, lowerings: dict[str, Lowering]) -> ir.Value:
@@ -163,6 +202,8 @@ class Emitter:
 
         Raises TargetError naming the first node that has no lowering, with the module it comes from.
         """
+        if self.contrib:
+            self.batched[self.frame.ids] = ()
         for node in self.program.graph.nodes:
             if node.op == "output":
                 return self.value(node.args[0])
@@ -176,6 +217,10 @@ class Emitter:
     def constant(self, values: Any) -> ir.Value:
         """A constant tensor from a numpy array or nested list."""
         return self.graph.constant(np.asarray(values))
+
+
+def _is_vector(node: fx.Node) -> bool:
+    return node.op == "get_attr" and node.meta["val"].dim() < 2
 
 
 def lowering_of(node: fx.Node, lowerings: dict[str, Lowering], names: dict[str, str], scope: str) -> Lowering:

@@ -98,6 +98,11 @@ class Frame:
                     "Report this with the command that led to it.",
                 )
 
+    @property
+    def ids(self) -> ir.Value:
+        """The new tokens, `[B, S]`."""
+        return self._made["ids"]
+
     def extent(self, graph: OnnxGraph, name: str) -> ir.Value:
         """The size called `name` (T or L) as a vector of one element."""
         source = {"T": "input_ids", "L": "out_rows"}[name]

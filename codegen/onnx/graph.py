@@ -106,10 +106,14 @@ class OnnxGraph:
 
     def reshape(self, value: ir.Value, shape: ir.Value) -> ir.Value:
         """`value` in another shape; of a reshaped value the original is taken."""
-        base = self._viewed.get(value, value)
+        base = self.base(value)
         result = self.op("Reshape", base, shape)
         self._viewed[result] = base
         return result
+
+    def base(self, value: ir.Value) -> ir.Value:
+        """What `value` is a reshape of; itself where it is none."""
+        return self._viewed.get(value, value)
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """`value` converted."""

@@ -12,6 +12,8 @@ from ....ir.arguments import argument
 from ..emitter import Emitter, Lowering
 from ..frame import Cache
 from ..graph import MICROSOFT
+from .grouped import Rotary, packed_source, rotary_of
+from .rope import position_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ def _flat(emitter: Emitter, arg: Any, width: int) -> ir.Value:
     heads, own = (int(dim) for dim in arg.meta["val"].shape[1:])
     if own < width:
         value = graph.op("Pad", value, graph.ints(0, width - own), graph.number(0.0), graph.ints(2))
+    elif emitter.batched.get(graph.base(value)) == (heads * width,):
+        return graph.base(value)
     return graph.reshape(value, emitter.frame.split_shape(graph, heads * width))
 
 
@@ -80,22 +84,42 @@ def _grouped(emitter: Emitter, call: _Call, cache: Cache) -> ir.Value:
     graph, frame = emitter.graph, emitter.frame
     width = max(call.qk_dim, call.v_dim)
     bias = frame.bias(graph, 0, call.chunk) if call.chunk else None
+    rotary = rotary_of(call.q, call.k, emitter.program.spec) if width == call.qk_dim else None
+    tables = (None, None) if rotary is None else position_tables(emitter, rotary.inv_freq, rotary.scale)
     inputs = (
-        *(_flat(emitter, arg, width) for arg in (call.q, call.k, call.v)),
+        *_queries_keys_values(emitter, call, rotary, width),
         cache.key, cache.value, frame.last_key(graph), frame.total_scalar(graph),
-        None, None, None, bias, emitter.optional(call.sinks),
+        *tables, None, bias, emitter.optional(call.sinks),
     )  # fmt: skip
     out, key, value = graph.ops(
         "GroupQueryAttention", inputs, 3, domain=MICROSOFT,
         num_heads=call.heads, kv_num_heads=call.groups, scale=call.scale,
         softcap=call.softcap or None, local_window_size=call.window or None,
+        do_rotary=None if rotary is None else 1,
+        rotary_interleaved=1 if rotary is not None and rotary.style == "interleaved" else None,
     )  # fmt: skip
     if cache.present is None:
         cache.present = (key, value)
     if call.v_dim == width:
-        return out
+        return emitter.joined(out, (call.heads * width,))
     wide = graph.reshape(out, graph.ints(-1, call.heads, width))
     return graph.op("Slice", wide, graph.ints(0), graph.ints(call.v_dim), graph.ints(2))
+
+
+def _queries_keys_values(
+    emitter: Emitter, call: _Call, rotary: Rotary | None, width: int
+) -> tuple[ir.Value | None, ir.Value | None, ir.Value | None]:
+    """Q, K and V before `rotary`, each `[B, S, heads * width]`; packed into the first where they lie so."""
+    q, k = (call.q, call.k) if rotary is None else (rotary.q, rotary.k)
+    source = packed_source(q, k, call.v) if call.qk_dim == call.v_dim else None
+    if source is None:
+        query, key, value = (_flat(emitter, arg, width) for arg in (q, k, call.v))
+        return query, key, value
+    batched = emitter.rows_of(source)
+    if batched is None:
+        shape = emitter.frame.split_shape(emitter.graph, (call.heads + 2 * call.groups) * width)
+        batched = emitter.graph.reshape(emitter.value(source), shape)
+    return batched, None, None
 
 
 def _standard(emitter: Emitter, call: _Call, cache: Cache) -> ir.Value:

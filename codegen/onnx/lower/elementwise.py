@@ -14,6 +14,7 @@ from torch import fx
 from ....ir.arguments import argument, argument_names
 from ..emitter import DTYPES, Emitter, Lowered, Lowering
 from ..graph import BOOL, FLOAT, INT64, MICROSOFT
+from .products import block_product
 
 # ATen name -> ONNX operator of one argument.
 UNARY: dict[str, str] = {
@@ -48,8 +49,9 @@ def _is_sizes(node: fx.Node) -> bool:
 
 def _unary(kind: str) -> Lowering:
     def lower(emitter: Emitter, node: fx.Node) -> ir.Value:
-        dtype = FLOAT if emitter.dtype_of(node) == FLOAT else emitter.dtype_of(_first(node))
-        return emitter.graph.op(kind, emitter.operand(node.args[0], dtype))
+        if emitter.dtype_of(node) == FLOAT:
+            return emitter.by_rows(node, node.args[:1], lambda x: emitter.graph.op(kind, *x))
+        return emitter.graph.op(kind, emitter.operand(node.args[0], emitter.dtype_of(_first(node))))
 
     return lower
 
@@ -66,6 +68,8 @@ def _binary(kind: str) -> Lowering:
             left, right = emitter.size(node.args[0]), emitter.size(node.args[1])
             return sympy.expand(left * right)
         dtype = common_dtype(emitter, node)
+        if dtype == FLOAT:
+            return emitter.by_rows(node, node.args[:2], lambda pair: emitter.graph.op(kind, *pair))
         return emitter.graph.op(kind, *(emitter.operand(arg, dtype) for arg in node.args[:2]))
 
     return lower
@@ -85,10 +89,16 @@ def _sum(kind: str) -> Callable[[Emitter, fx.Node], ir.Value]:
     def lower(emitter: Emitter, node: fx.Node) -> ir.Value:
         alpha: Any = argument(node, "alpha")
         dtype = common_dtype(emitter, node)
-        left, right = (emitter.operand(arg, dtype) for arg in node.args[:2])
-        if alpha != 1:
-            right = emitter.graph.op("Mul", right, emitter.graph.number(alpha, dtype))
-        return emitter.graph.op(kind, left, right)
+
+        def make(pair: tuple[ir.Value, ...]) -> ir.Value:
+            left, right = pair
+            if alpha != 1:
+                right = emitter.graph.op("Mul", right, emitter.graph.number(alpha, dtype))
+            return emitter.graph.op(kind, left, right)
+
+        if dtype == FLOAT:
+            return emitter.by_rows(node, node.args[:2], make)
+        return make(tuple(emitter.operand(arg, dtype) for arg in node.args[:2]))
 
     return lower
 
@@ -174,7 +184,7 @@ def silu(emitter: Emitter, value: ir.Value) -> ir.Value:
 
 
 def _silu(emitter: Emitter, node: fx.Node) -> ir.Value:
-    return silu(emitter, emitter.value(node.args[0]))
+    return emitter.by_rows(node, node.args[:1], lambda x: silu(emitter, x[0]))
 
 
 def activation(emitter: Emitter, value: ir.Value, name: str) -> ir.Value:
@@ -202,21 +212,33 @@ def activation(emitter: Emitter, value: ir.Value, name: str) -> ir.Value:
 
 def _gelu(emitter: Emitter, node: fx.Node) -> ir.Value:
     approximate = argument(node, "approximate")
-    return emitter.graph.op(
-        "Gelu", emitter.value(node.args[0]), approximate="tanh" if approximate == "tanh" else None
-    )
+    name = "gelu_tanh" if approximate == "tanh" else "gelu"
+    return emitter.by_rows(node, node.args[:1], lambda x: activation(emitter, x[0], name))
 
 
 def _gated(emitter: Emitter, node: fx.Node) -> ir.Value:
     name: Any = node.args[2]
-    gate = activation(emitter, emitter.value(node.args[0]), name)
-    return emitter.graph.op("Mul", gate, emitter.value(node.args[1]))
+    return emitter.by_rows(
+        node, node.args[:2], lambda pair: emitter.graph.op("Mul", activation(emitter, pair[0], name), pair[1])
+    )
 
 
 def _gated_packed(emitter: Emitter, node: fx.Node) -> ir.Value:
+    """Gate and up of one product are computed apart where that takes no cutting of the weights: cutting the
+    product would copy it."""
     name: Any = node.args[1]
-    gate, up = emitter.graph.ops("Split", (emitter.value(node.args[0]),), 2, axis=-1, num_outputs=2)
-    return emitter.graph.op("Mul", activation(emitter, gate, name), up)
+    source: Any = node.args[0]
+    block = block_product(emitter, source)
+
+    def make(operands: tuple[ir.Value, ...]) -> ir.Value:
+        if block is None:
+            gate, up = emitter.graph.ops("Split", operands, 2, axis=-1, num_outputs=2)
+        else:
+            half, end = block.matrix.rows // 2, block.matrix.rows
+            gate, up = (block.columns(emitter, operands[0], part) for part in (range(half), range(half, end)))
+        return emitter.graph.op("Mul", activation(emitter, gate, name), up)
+
+    return emitter.by_rows(node, node.args[:1] if block is None else source.args[:1], make)
 
 
 def _softcap(emitter: Emitter, node: fx.Node) -> ir.Value:

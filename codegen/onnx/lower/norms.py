@@ -33,18 +33,23 @@ def _width(node: fx.Node) -> int:
 def _rms_norm(emitter: Emitter, node: fx.Node) -> ir.Value:
     weight, eps, offset = node.args[1:4]
     gamma = _gamma(emitter, weight, float(offset), _width(node))  # pyright: ignore[reportArgumentType]
-    return emitter.graph.op("RMSNormalization", emitter.value(node.args[0]), gamma, axis=-1, epsilon=eps)
+    return emitter.by_rows(
+        node, node.args[:1], lambda x: emitter.graph.op("RMSNormalization", *x, gamma, axis=-1, epsilon=eps)
+    )
 
 
 def _add_rms_norm(emitter: Emitter, node: fx.Node) -> tuple[ir.Value, ir.Value]:
     weight, eps, offset = node.args[2:5]
     graph = emitter.graph
     gamma = _gamma(emitter, weight, float(offset), _width(node))  # pyright: ignore[reportArgumentType]
-    x, residual = emitter.value(node.args[0]), emitter.value(node.args[1])
-    if emitter.contrib:
-        return _skip(emitter, "SkipSimplifiedLayerNormalization", (x, residual, gamma), eps)
-    total = graph.op("Add", x, residual)
-    return graph.op("RMSNormalization", total, gamma, axis=-1, epsilon=eps), total
+
+    def make(pair: tuple[ir.Value, ...]) -> tuple[ir.Value, ir.Value]:
+        if emitter.contrib:
+            return _skip(emitter, "SkipSimplifiedLayerNormalization", (*pair, gamma), eps)
+        total = graph.op("Add", *pair)
+        return graph.op("RMSNormalization", total, gamma, axis=-1, epsilon=eps), total
+
+    return emitter.by_rows(node, node.args[:2], make)
 
 
 def _skip(
@@ -60,20 +65,27 @@ def _skip(
 def _layer_norm(emitter: Emitter, node: fx.Node) -> ir.Value:
     weight, bias, eps, offset = node.args[1:5]
     gamma = _gamma(emitter, weight, float(offset), _width(node))  # pyright: ignore[reportArgumentType]
-    inputs = (emitter.value(node.args[0]), gamma, emitter.optional(bias))
-    return emitter.graph.ops("LayerNormalization", inputs, 1, axis=-1, epsilon=eps)[0]
+    beta = emitter.optional(bias)
+    return emitter.by_rows(
+        node,
+        node.args[:1],
+        lambda x: emitter.graph.op("LayerNormalization", *x, gamma, beta, axis=-1, epsilon=eps),
+    )
 
 
 def _add_layer_norm(emitter: Emitter, node: fx.Node) -> tuple[ir.Value, ir.Value]:
     weight, bias, eps, offset = node.args[2:6]
     graph = emitter.graph
     gamma = _gamma(emitter, weight, float(offset), _width(node))  # pyright: ignore[reportArgumentType]
-    x, residual = emitter.value(node.args[0]), emitter.value(node.args[1])
-    if emitter.contrib:
-        return _skip(emitter, "SkipLayerNormalization", (x, residual, gamma, emitter.optional(bias)), eps)
-    total = graph.op("Add", x, residual)
-    inputs = (total, gamma, emitter.optional(bias))
-    return graph.ops("LayerNormalization", inputs, 1, axis=-1, epsilon=eps)[0], total
+    beta = emitter.optional(bias)
+
+    def make(pair: tuple[ir.Value, ...]) -> tuple[ir.Value, ir.Value]:
+        if emitter.contrib:
+            return _skip(emitter, "SkipLayerNormalization", (*pair, gamma, beta), eps)
+        total = graph.op("Add", *pair)
+        return graph.op("LayerNormalization", total, gamma, beta, axis=-1, epsilon=eps), total
+
+    return emitter.by_rows(node, node.args[:2], make)
 
 
 LOWERINGS: dict[str, Lowering] = {

@@ -16,17 +16,38 @@ def _tables(emitter: Emitter, positions: Any, inv_freq: Any, scale: float) -> tu
     """cos and sin of every token's angles, `[T, R / 2]`."""
 
     def make() -> tuple[ir.Value, ir.Value]:
-        graph = emitter.graph
-        scope, graph.scope = graph.scope, "rope"
-        where = graph.op("Unsqueeze", graph.cast(emitter.value(positions), FLOAT), graph.ints(1))
-        angles = graph.op("Mul", where, emitter.value(inv_freq))
-        tables = graph.op("Cos", angles), graph.op("Sin", angles)
-        if scale != 1.0:
-            tables = tuple(graph.op("Mul", table, graph.number(scale)) for table in tables)
-        graph.scope = scope
-        return tables[0], tables[1]
+        return _cos_and_sin(emitter, emitter.graph.cast(emitter.value(positions), FLOAT), inv_freq, scale)
 
     return emitter.once(("rope", positions, inv_freq, scale), make)
+
+
+def position_tables(emitter: Emitter, inv_freq: fx.Node, scale: float) -> tuple[ir.Value, ir.Value]:
+    """cos and sin of the angles at every position of the longest context, and at one behind it, where a batch
+    may have a token that nobody reads: `[N + 1, R / 2]`. Of constants, so that loading computes them once."""
+
+    def make() -> tuple[ir.Value, ir.Value]:
+        graph = emitter.graph
+        end = float(emitter.program.spec.max_context + 1)
+        scope, graph.scope = graph.scope, "rope"
+        every = graph.op("Range", *(graph.number(bound) for bound in (0.0, end, 1.0)))
+        graph.scope = scope
+        return _cos_and_sin(emitter, every, inv_freq, scale)
+
+    return emitter.once(("rope table", inv_freq.target, scale), make)
+
+
+def _cos_and_sin(
+    emitter: Emitter, positions: ir.Value, inv_freq: Any, scale: float
+) -> tuple[ir.Value, ir.Value]:
+    """cos and sin, times `scale`, of `positions[n] * inv_freq[R / 2]`."""
+    graph = emitter.graph
+    scope, graph.scope = graph.scope, "rope"
+    angles = graph.op("Mul", graph.op("Unsqueeze", positions, graph.ints(1)), emitter.value(inv_freq))
+    cos, sin = graph.op("Cos", angles), graph.op("Sin", angles)
+    if scale != 1.0:
+        cos, sin = (graph.op("Mul", table, graph.number(scale)) for table in (cos, sin))
+    graph.scope = scope
+    return cos, sin
 
 
 def _rope(emitter: Emitter, node: fx.Node) -> ir.Value:

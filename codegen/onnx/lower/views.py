@@ -112,8 +112,14 @@ def _parts_of(source: fx.Node) -> list[fx.Node]:
 
 
 def _split_into(emitter: Emitter, source: fx.Node, parts: Sequence[fx.Node]) -> tuple[ir.Value, ...]:
-    sizes = emitter.graph.ints(*(int(part.meta["val"].shape[-1]) for part in parts))
-    return emitter.graph.ops("Split", (emitter.value(source), sizes), len(parts), axis=-1)
+    widths = [int(part.meta["val"].shape[-1]) for part in parts]
+    batched = emitter.rows_of(source)
+    value = emitter.value(source) if batched is None else batched
+    outputs = emitter.graph.ops("Split", (value, emitter.graph.ints(*widths)), len(parts), axis=-1)
+    if batched is None:
+        return outputs
+    leading = [int(dim) for dim in source.meta["val"].shape[1:-1]]
+    return tuple(emitter.joined(out, (*leading, width)) for out, width in zip(outputs, widths, strict=True))
 
 
 def _split(emitter: Emitter, node: fx.Node) -> tuple[Any, ...]:
