@@ -39,10 +39,9 @@ class NgramIndex:
     def __init__(self, min_n: int, max_n: int) -> None:
         self._sizes = range(max_n, min_n - 1, -1)
         self._longest = max_n
-        self._cuts = range(max_n - min_n + 1)
         self._next: dict[tuple[int, ...], int] = {}
         self._length = 0
-        self._suffixes: list[tuple[int, ...]] = []
+        self._found = -1
 
     def propose(self, token_ids: Sequence[int], k: int) -> tuple[int, ...]:
         """The `k` tokens that followed the latest earlier occurrence of the longest matching suffix
@@ -50,32 +49,32 @@ class NgramIndex:
         length = len(token_ids)
         if length != self._length:
             self._extend(token_ids, length)
-        for suffix in self._suffixes:
-            start = self._next.get(suffix)
-            if start is not None:
-                if start + k <= length:
-                    return tuple(token_ids[start : start + k])
-                draft = list(token_ids[start:])
-                while len(draft) < k:
-                    draft.append(draft[start - length])
-                return tuple(draft)
-        return ()
+        start = self._found
+        if start < 0:
+            return ()
+        if start + k <= length:
+            return tuple(token_ids[start : start + k])
+        draft = list(token_ids[start:])
+        while len(draft) < k:
+            draft.append(draft[start - length])
+        return tuple(draft)
 
     def _extend(self, token_ids: Sequence[int], length: int) -> None:
-        """Indexes every n-gram that some token follows: those that were last, and what came behind them."""
-        following, end = self._next, self._length
-        for suffix in self._suffixes:
-            following[suffix] = end
-        for later in range(end + 1, length):
+        """Indexes every n-gram by where what follows it stands, or will stand; finds the longest of the last
+        ones that was there before."""
+        following, found = self._next, -1
+        for end in range(self._length + 1, length):
             for size in self._sizes:
-                if size <= later:
-                    following[tuple(token_ids[later - size : later])] = later
+                if size <= end:
+                    following[tuple(token_ids[end - size : end])] = end
         longest = tuple(token_ids[-self._longest :])
-        if length >= self._longest:
-            self._suffixes = [longest[cut:] for cut in self._cuts]
-        else:
-            self._suffixes = [longest[-size:] for size in self._sizes if size <= length]
-        self._length = length
+        for size in self._sizes:
+            if size <= length:
+                suffix = longest[-size:]
+                if found < 0:
+                    found = following.get(suffix, -1)
+                following[suffix] = length
+        self._length, self._found = length, found
 
 
 class NgramProposer:
