@@ -54,10 +54,16 @@ class OnnxCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxUnit:
-    """What the graphs expect of their caller. `in_place` says whether caches are buffers with room that a
-    step appends to, or what came before, from which a step makes longer ones."""
+    """What the graphs are and expect of their caller. `in_place` says whether caches are buffers with room
+    that a step appends to, or what came before, from which a step makes longer ones. `operators` counts the
+    nodes of the graph, subgraphs left out, by operator; `notes` say what could not be had, and why;
+    `genai_problem` why ONNX Runtime GenAI cannot run the folder, empty where it can."""
 
     opset: int
+    ir_version: int
+    operators: dict[str, int]
+    notes: tuple[str, ...]
+    genai_problem: str
     in_place: bool
     caches: tuple[OnnxCache, ...]
     forms: StoredForms

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..spec.errors import UsageError
+from .onnx_words import onnx_facts, onnx_rows
 from .output import human_bytes, table
 
 if TYPE_CHECKING:
@@ -35,8 +36,10 @@ def describe_artifact(path: Path) -> Description:
     from ..artifact.reader import open_unchecked
     from ..artifact.summary import summarise
 
-    summary = summarise(open_unchecked(path))
+    artifact = open_unchecked(path)
+    summary = summarise(artifact)
     manifest = summary.manifest
+    onnx = onnx_facts(artifact) if manifest.target.kind == "onnx" else {}
     stored = ", ".join(f"{human_bytes(group.size_bytes)} {group.dtype}" for group in summary.weights)
     others = ", ".join(
         f"{human_bytes(size)} {kind}" for kind, size in summary.size_by_kind.items() if kind != "weights"
@@ -49,13 +52,14 @@ def describe_artifact(path: Path) -> Description:
         ("weights", f"{stored}: {summary.bits_per_weight:.2f} bits a weight"),
         ("size", f"{human_bytes(summary.size_bytes)}, beside the weights {others}"),
         *_cache_rows(manifest),
+        *onnx_rows(onnx),
     ]
     passes = [
         (record.name, str(record.matches), f"{record.nodes_before} -> {record.nodes_after}", _shown(record))
         for record in manifest.history
     ]
     text = f"{table(rows)}\n\n{table(passes, ('pass', 'matches', 'nodes', 'max logit change'))}"
-    return Description(summary.as_dict(), text)
+    return Description(summary.as_dict() | ({"onnx": onnx} if onnx else {}), text)
 
 
 def describe_pass(path: Path, name: str) -> Description:

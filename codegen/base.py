@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Protocol, cast
 
 from ..artifact.reader import Artifact
 from ..artifact.writer import ArtifactWriter
 from ..ir.program import Program
-from ..ir.weights import Expr
+from ..ir.weights import Expr, WeightStore
 from ..spec.errors import TargetError
 from ..spec.target import Target
 from .programs import WeightProgress
@@ -24,6 +25,8 @@ _BACKENDS = {
 }
 # Library that a backend may miss -> the extra that brings it.
 _EXTRAS = {"onnx_ir": "onnx", "triton": "cuda"}
+# Target kind -> libraries that a compile uses late: an ONNX graph is run once before it is kept.
+_USED_LATE = {"onnx": ("onnx_ir", "onnx", "onnxruntime")}
 
 
 class RecallBytes(Protocol):
@@ -45,6 +48,10 @@ class Backend(Protocol):
 
     def estimate_bytes(self, program: Program, portable: Program) -> int:
         """Upper bound of the bytes that `emit` writes, known before any weight is evaluated."""
+        ...
+
+    def stored_form(self, program: Program, portable: Program) -> WeightStore:
+        """The weights that `emit` writes, by the names they are stored under; none is evaluated."""
         ...
 
     def emit(
@@ -79,6 +86,13 @@ def default_target() -> str:
     return "cpu"
 
 
+def check_installed(target: Target) -> None:
+    """Raises TargetError naming a library that compiling for `target` would miss hours later."""
+    for name in _USED_LATE.get(target.kind, ()):
+        if find_spec(name) is None:
+            raise _missing(target, name, target.kind)
+
+
 def backend_for(target: Target) -> Backend:
     """The backend of `target`. Raises TargetError when there is none for its kind, or a library it needs is
     missing."""
@@ -94,10 +108,14 @@ def backend_for(target: Target) -> Backend:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        raise TargetError(
-            "target.missing_library",
-            f"Generating code for {target.name!r} needs the library {error.name}.",
-            "It is not installed in this environment.",
-            f"Install it with `pip install 'llmc-compiler[{_EXTRAS[error.name]}]'`.",
-        ) from error
+        raise _missing(target, str(error.name), _EXTRAS[error.name]) from error
     return cast("Backend", module.Backend(target))
+
+
+def _missing(target: Target, library: str, extra: str) -> TargetError:
+    return TargetError(
+        "target.missing_library",
+        f"Generating code for {target.name!r} needs the library {library}.",
+        "It is not installed in this environment.",
+        f"Install it with `pip install 'llmc-compiler[{extra}]'`.",
+    )

@@ -27,16 +27,17 @@ from ..ir.program import Program
 from ..ir.weights import Reader, WeightStore
 from ..passes.base import option_values
 from ..passes.calibration import Calibration
+from ..passes.probe import logits_of
 from ..runtime.tokenizer import Tokenizer
 from ..spec.errors import InternalError
 from .checkpoint import Checkpoint
 from .ledger import Ledger
 from .library_check import check_libraries
-from .onnx_check import check_graph
+from .onnx_check import Judged, check_graph
 from .oracle import make_oracle
 from .page.report_page import report_page
 from .pipeline import Compiled, is_small
-from .quality import Quality, check_quality, measure, probe_prompts
+from .quality import Quality, check_quality, compare, probe_prompts
 from .report import encode_report, report_data
 from .request import CompileRequest
 from .source import source_name
@@ -66,7 +67,9 @@ def finish_artifact(
     with ledger.stage("measure quality"):
         prompts = probe_prompts(tokenizer, compiled.bound)
         judged = compiled.final if is_small(compiled.bound) else compiled.portable
-        quality = measure(compiled.bound, as_written(judged, preview), prompts)
+        written = as_written(judged, preview)
+        seen = Judged(prompts, logits_of(compiled.bound, prompts), logits_of(written, prompts))
+        quality = compare(seen.original, seen.compiled, prompts)
         check_quality(quality, request.kl_limit())
         compiled.bound.weights.reader.close()
     with ledger.stage("make the oracle"):
@@ -78,7 +81,7 @@ def finish_artifact(
     backend = None
     if preview.manifest.target.kind == "onnx":
         with ledger.stage("check the graph"):
-            backend = check_graph(writer.preview(preview.manifest), oracle)
+            backend = check_graph(writer.preview(preview.manifest), oracle, seen)
     report = report_data(
         compiled.final,
         recipe=compiled.pipeline.name,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..ir.program import Program
-from ..passes.probe import logits_of
 from ..runtime.tokenizer import Tokenizer
 from ..spec.errors import CheckFailed
 
@@ -76,12 +75,6 @@ def probe_prompts(tokenizer: Tokenizer, program: Program) -> tuple[tuple[int, ..
         if left < 2:
             break
     return tuple(prompts)
-
-
-def measure(reference: Program, compiled: Program, prompts: Sequence[Sequence[int]]) -> Quality:
-    """Run both programs on `prompts` and compare. Weights are evaluated one at a time where they are many."""
-    expected = logits_of(reference, prompts)
-    return compare(expected, logits_of(compiled, prompts), prompts)
 
 
 def compare(expected: Tensor, found: Tensor, prompts: Sequence[Sequence[int]]) -> Quality:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from ..codegen.base import check_installed
 from ..passes.presets import preset_named
 from ..spec.errors import UsageError
 from ..spec.target import Target, parse_target
@@ -47,7 +48,8 @@ class CompileRequest:
     max_kl: float | None = None
 
     def validate(self) -> None:
-        """Raises UsageError for values that cannot be meant, TargetError for an unknown target."""
+        """Raises UsageError for values that cannot be meant, TargetError for an unknown target, or one that
+        needs a library that is not installed."""
         if self.verify not in VERIFY_LEVELS:
             raise _unknown("verification level", self.verify, VERIFY_LEVELS)
         if self.dtype is not None:
@@ -73,7 +75,7 @@ class CompileRequest:
                 "It is a number of tokens, at least 1.",
                 "Choose another --max-model-len.",
             )
-        _ = self.parsed_target
+        check_installed(self.parsed_target)
 
     @property
     def parsed_target(self) -> Target:

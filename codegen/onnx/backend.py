@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from importlib.util import find_spec
 
 from ...artifact.onnx import (
     GENAI_CONFIG,
@@ -20,15 +21,16 @@ from ...artifact.reader import Artifact
 from ...artifact.tensors import locate_tensors
 from ...artifact.writer import ArtifactWriter
 from ...ir.program import Program
-from ...ir.weights import Expr
+from ...ir.weights import Expr, WeightStore
 from ...spec.errors import TargetError
 from ...spec.target import Target
 from ..base import RecallBytes, compute_bytes
 from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
 from .forms import chosen_activations, portable_entries, stored_forms, stored_store
-from .genai import genai_config
-from .graph import OPSET, StoredTensor
+from .genai import genai_config, genai_problem
+from .graph import IR_VERSION, OPSET, StoredTensor
 from .lowered import Export, cache_widths, lower, serialize
+from .mixtures import mixture_notes
 from .options import OnnxOptions
 from .stored import StoredWeights
 
@@ -48,7 +50,6 @@ class Backend:
 
         Raises TargetError for what ONNX cannot hold: an operator, a scheme, a dtype of the cache.
         """
-        _check_runtime()
         _check_cache(program)
         forms = stored_forms(portable, self.options.contrib)
         store = stored_store(shared_weights(program, portable), forms)
@@ -60,6 +61,10 @@ class Backend:
             {},
         )
         return store.total_bytes + _BESIDE_WEIGHTS_BYTES
+
+    def stored_form(self, program: Program, portable: Program) -> WeightStore:
+        """The weights of both programs, codes and zero points as ONNX operators take them."""
+        return stored_store(shared_weights(program, portable), stored_forms(portable, self.options.contrib))
 
     def emit(
         self,
@@ -81,6 +86,7 @@ class Backend:
         write_weights(store, writer, self.options.file_bytes, progress)
         stored = StoredWeights(store, _places(writer))
         facts = _facts(portable, self.target)
+        operators: dict[str, int] = {}
         for path, logits in ((ONNX_MODEL, self.options.logits), (ONNX_ENGINE, "rows")):
             model = lower(
                 portable,
@@ -88,15 +94,21 @@ class Backend:
                 Export(contrib=contrib, logits=logits, activations=chosen_activations(program)),
                 facts,
             )
+            operators = dict(sorted(Counter(node.op_type for node in model.graph).items()))
             writer.write_bytes(path, "kernel", serialize(model))
         unit = OnnxUnit(
             opset=OPSET,
+            ir_version=IR_VERSION,
+            operators=operators,
+            notes=mixture_notes(portable) if contrib else (),
+            genai_problem=genai_problem(portable.spec),
             in_place=contrib,
             caches=tuple(OnnxCache(**cache) for cache in cache_widths(portable.spec, contrib)),
             forms=forms,
         )
         writer.write_bytes(ONNX_UNIT, "kernel", encode_onnx_unit(unit))
-        writer.write_bytes(GENAI_CONFIG, "kernel", genai_config(portable.spec, unit))
+        if not unit.genai_problem:
+            writer.write_bytes(GENAI_CONFIG, "kernel", genai_config(portable.spec, unit))
 
     def stored_weights(self, artifact: Artifact) -> Mapping[str, Expr]:
         """The tensors of the files, codes and zero points in the portable packing."""
@@ -123,22 +135,14 @@ def _facts(program: Program, target: Target) -> dict[str, str]:
         "llmc.family": spec.family,
         "llmc.max_context": str(spec.max_context),
         "llmc.passes": ", ".join(record.name for record in program.history),
+        "llmc.recipe": json.dumps(
+            [{"name": record.name, "options": record.options} for record in program.history], sort_keys=True
+        ),
         "llmc.target": target.name,
         "llmc.onnx_ir": metadata.version("onnx-ir"),
         **{f"llmc.option.{name}": str(value).lower() for name, value in target.options.items()},
         **{f"llmc.choice.{name}": value for name, value in spec.choices.items()},
     }
-
-
-def _check_runtime() -> None:
-    """An artifact is held to its oracle before it is committed, which takes ONNX Runtime."""
-    if find_spec("onnxruntime") is None:
-        raise TargetError(
-            "target.missing_library",
-            "The target 'onnx' needs the library onnxruntime.",
-            "What it writes is run once before it is kept.",
-            "Install it with `pip install 'llmc-compiler[onnx]'`.",
-        )
 
 
 def _check_cache(program: Program) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from ...artifact.onnx import ONNX_MODEL, OnnxUnit
 from ...artifact.schema import TOKENIZER_FOLDER
-from ...spec.errors import TargetError
 from ...spec.model import ModelSpec
 from .frame import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
 
@@ -15,18 +14,19 @@ from .frame import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
 _TYPE = "decoder"
 
 
-def genai_config(spec: ModelSpec, unit: OnnxUnit) -> bytes:
-    """The bytes of the file: greedy by default, with the model's own special tokens.
-
-    Raises TargetError for a model that says no end-of-text token: GenAI cannot stop without one.
-    """
+def genai_problem(spec: ModelSpec) -> str:
+    """Why ONNX Runtime GenAI cannot generate from the model; empty where it can. llmc's own engine can
+    anyway."""
     if not spec.eos_token_ids:
-        raise TargetError(
-            "onnx.no_eos",
-            "The model names no end-of-text token.",
-            "ONNX Runtime GenAI needs one to know where a text ends.",
-            "Set eos_token_id in the model's config.json or generation_config.json.",
+        return (
+            "the model names no end-of-text token (eos_token_id), which GenAI needs to know where a text ends"
         )
+    return ""
+
+
+def genai_config(spec: ModelSpec, unit: OnnxUnit) -> bytes:
+    """The bytes of the file, for a model without a `genai_problem`: greedy by default, with the model's own
+    special tokens."""
     eos = list(spec.eos_token_ids)
     config: dict[str, Any] = {
         "model": {

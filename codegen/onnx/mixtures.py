@@ -6,14 +6,19 @@ inputs (8-bit ones always with inputs rounded to int8), and leaves out experts w
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from ...ir import ops as _registered  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers them
 from ...ir.arguments import argument
+from ...ir.program import Program
 from ...spec.quant import QuantScheme, parse_scheme
 
+QUANTIZED_MOE = torch.ops.llmc.quantized_moe.default
 # Activations of `llmc.moe` that the operator has, and what it calls them.
 QMOE_ACTIVATIONS = {
     "silu": "swiglu",
@@ -51,6 +56,14 @@ def misfit(node: fx.Node) -> str:
     if not is_non_negative(argument(node, "expert_weights")):
         return "shares of experts may be negative"
     return ""
+
+
+def mixture_notes(program: Program) -> tuple[str, ...]:
+    """Which mixtures of `program` QMoE does not compute, and why."""
+    reasons = Counter(
+        filter(None, (misfit(node) for node in program.graph.nodes if node.target is QUANTIZED_MOE))
+    )
+    return tuple(f"{count} mixtures of experts are loops, not QMoE: {why}" for why, count in reasons.items())
 
 
 def block_size(node: fx.Node) -> int:

@@ -25,12 +25,25 @@ def report_page(data: Mapping[str, Any], title: str) -> bytes:
     parts = [
         section("What it is", facts_table(facts)),
         section("How far from the original", facts_table([(n, _text(v)) for n, v in quality.items()])),
+        *_backend(data["backend"]),
         section("Where the bytes are", bars("largest weights, MiB", largest)),
         section("What it needs", facts_table([(n, _text(v)) for n, v in memory.items()])),
         section("What the passes did", _passes(data["passes"])),
         section("What was decided", _decisions(data["passes"])),
     ]
     return document(title, "".join(parts)).encode()
+
+
+def _backend(backend: Mapping[str, Any]) -> list[str]:
+    """What the target's own executor computed, where it was compared with the reference backend."""
+    if not backend:
+        return []
+    pair = backend["from_reference"], backend["from_original"]
+    rows = [[name, *(_text(side[name]) for side in pair)] for name in pair[0]]
+    columns = ["logits of the same prompts", "from the compiled program by reference", "from the original"]
+    oracle = f"largest difference of a logprob {_text(backend['max_logprob_error'])} nats"
+    facts = [("run by", str(backend["executor"])), ("oracle", f"{oracle} over {backend['tokens']} tokens")]
+    return [section("What its executor computes", facts_table(facts) + wide_table(columns, rows))]
 
 
 def _passes(records: list[dict[str, Any]]) -> str:

@@ -11,9 +11,7 @@ from torch import fx
 
 from llmc.codegen.onnx.forms import portable_entries, stored_forms, stored_store
 from llmc.codegen.onnx.mixtures import is_non_negative, misfit
-from llmc.passes.base import PassContext
 from llmc.passes.graph import calls
-from llmc.passes.manager import run_passes
 from llmc.passes.quantize.replace import QUANTIZED_MOE
 from llmc.passes.quantize.rtn import Rtn
 
@@ -29,14 +27,7 @@ SCHEMES = {
 @pytest.fixture(scope="module")
 def quantised(portable_program):
     """`quantised(family, scheme)`: the family's program with experts rounded as `SCHEMES` says."""
-    bases = {}
-
-    def make(family, scheme):
-        if family not in bases:
-            bases[family] = portable_program(family)
-        return run_passes(bases[family], (Rtn(**SCHEMES[scheme]),), PassContext())
-
-    return make
+    return lambda family, scheme: portable_program(family, Rtn(**SCHEMES[scheme]))
 
 
 def operators(path):

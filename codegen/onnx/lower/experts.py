@@ -86,7 +86,7 @@ def _qmoe(emitter: Emitter, node: fx.Node, mixture: _Mixture, parts: dict[str, P
         "QMoE", mixture.x, chosen, codes, scales, biases[0], down_codes, down_scales, biases[1],
         None, None, None, zeros, down_zeros, None, shares,
         domain=MICROSOFT, k=int(argument(node, "expert_ids").meta["val"].shape[1]),
-        activation_type=activation, expert_weight_bits=4, normalize_routing_weights=0,
+        activation_type=activation, expert_weight_bits=4, weights_prepacked=0, normalize_routing_weights=0,
         block_size=block or None,
         swiglu_fusion=1 if activation == "swiglu" else None,
         activation_alpha=(mixture.alpha if is_clamped else 1.0) if activation == "swiglu" else None,
