@@ -61,6 +61,11 @@ class OnnxModel:
         self._buffers = SlotBuffers(unit.caches, layout, num_pages, num_slots, max_tokens + 1)
         self._known = [0] * num_slots
 
+    @property
+    def providers(self) -> list[str]:
+        """Names of the execution providers that the session has, the first one preferred."""
+        return self._session.get_providers()
+
     def run(self, sequences: Sequence[SequencePart]) -> Iterator[TileLogits]:
         """Run one step, writing K and V of every token; yields the wanted logits as they come."""
         parts = self._place(sequences)
@@ -171,10 +176,19 @@ def _bind(bind: Any, name: str, array: Array) -> None:
 
 
 def open_session(path: Path, num_threads: int) -> Any:
-    """A session for the graph at `path`, on the CPU."""
+    """A session for the graph at `path`: on the GPU, as far as it has kernels, where the installed ONNX
+    Runtime has the CUDA provider and finds a device, else on the CPU."""
     library: Any = onnxruntime
     options = library.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return library.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return library.InferenceSession(
+        str(path), options, providers=_providers(library.get_available_providers())
+    )
+
+
+def _providers(available: Sequence[str]) -> list[Any]:
+    """Products on the GPU keep float32 as it is: its 19-bit form would not hold the oracle."""
+    cuda: list[Any] = [("CUDAExecutionProvider", {"use_tf32": "0"})]
+    return [*(cuda if "CUDAExecutionProvider" in available else []), "CPUExecutionProvider"]
