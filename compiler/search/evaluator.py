@@ -19,7 +19,9 @@ from ...passes.probe import logits_of
 from ...passes.recipes import read_recipe
 from ...runtime.tokenizer import Tokenizer
 from ...spec.errors import UsageError
+from ...spec.target import parse_target
 from ..cache.session import CompileCache
+from ..checkpoint import parse_dtype
 from ..compare.made import ORIGINAL, compile_side
 from ..compare.measure import Work, measure_sides, side_ratios
 from ..compare.quality import stored_program
@@ -61,10 +63,12 @@ class ModelEvaluator:
     def __init__(self, setting: Setting, cache: CompileCache) -> None:
         """Compiles the original. Raises what compiling raises, and UsageError for more tokens than fit."""
         self._setting, self._cache = setting, cache
+        self._last: tuple[str, Artifact] | None = None
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="llmc-search-")))
         folder = find_model(setting.model)
-        self._estimator = Estimator(folder, target=setting.target, dtype=setting.dtype)
+        dtype = None if setting.dtype is None else parse_dtype(setting.dtype)
+        self._estimator = Estimator(folder, target=parse_target(setting.target), dtype=dtype)
         reference = compile_side(setting.model, ORIGINAL, _Reference(), cache, Silent())
         self._tokenizer = Tokenizer.from_folder(reference.tokenizer_folder)
         spec = reference.manifest.spec
@@ -78,17 +82,17 @@ class ModelEvaluator:
     def size_bytes(self, text: str) -> int:
         """Bytes of all weights, from the config alone."""
         recipe = read_recipe(self._written(text))
-        return self._estimator.estimate(recipe.name, recipe.passes).weight_bytes
+        return self._estimator.file_bytes(recipe.passes).weights
 
     def judge(self, text: str) -> Judgement:
         """The divergence on two prompts of the artifact for the target, interpreted."""
-        artifact = self._compile(str(self._written(text)))
+        artifact = self._made(text)
         return Judgement(self._kl(artifact, _NUM_QUICK), _digest(artifact))
 
     def measure(self, text: str) -> dict[str, float]:
         """Everything, of the artifact for the target; `slowness` with the interval that holds it."""
         setting = self._setting
-        artifact = self._compile(str(self._written(text)))
+        artifact = self._made(text)
         with self._runner(artifact) as runner:
             samples = measure_sides(
                 {"own": runner, "baseline": self._baseline},
@@ -133,6 +137,12 @@ class ModelEvaluator:
 
     def _compile(self, recipe: str) -> Artifact:
         return compile_side(self._setting.model, recipe, self._setting, self._cache, Silent())
+
+    def _made(self, text: str) -> Artifact:
+        """What was compiled last is kept: a recipe is judged, then measured."""
+        if self._last is None or self._last[0] != text:
+            self._last = (text, self._compile(str(self._written(text))))
+        return self._last[1]
 
     def _written(self, text: str) -> Path:
         path = self._folder / "recipe.yaml"
