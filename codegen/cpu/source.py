@@ -5,6 +5,7 @@ The emitted unit exports the C ABI that `runtime/executors/cpu_library.py` calls
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from .matrix import Slot
 from .unit import Unit
 from .value import Symbols, Value, contiguous_strides, symbol_for
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_THREADS = 64
 _CACHE_TYPES = {"float32": "float", "bfloat16": "llmc::bf16", "int8": "int8_t"}
 
@@ -54,7 +55,7 @@ def generate(program: Program, *, max_tokens: int, max_logit_rows: int) -> Sourc
     """
     assert program.cache is not None
     emitter = Emitter(Symbols.of(program.graph, program.inputs))
-    result = _lower_all(program, emitter)
+    result = lower_all(program, emitter)
     maxima = {"T": max_tokens, "L": max_logit_rows, "S": max_tokens, "Q": max_tokens + 1, "NT": MAX_THREADS}
     table: Any = {symbol_for(name): value for name, value in maxima.items()}
     table |= {sympy.Symbol(name): value for name, value in maxima.items()}
@@ -80,14 +81,17 @@ def generate(program: Program, *, max_tokens: int, max_logit_rows: int) -> Sourc
     )
 
 
-def _lower_all(program: Program, emitter: Emitter) -> str:
-    """Lower every node; gives the name of the buffer that holds the logits."""
+def lower_all(program: Program, emitter: Emitter, observe: Callable[[fx.Node], None] | None = None) -> str:
+    """Lower every node, told to `observe` once its value is in `emitter.env`; gives the name of the buffer
+    that holds the logits."""
     assert program.cache is not None
     for node in program.graph.nodes:
         if node.op == "placeholder":
             emitter.env[node] = _input(program.cache, emitter, node)
         elif node.op == "call_function":
             emitter.env[node] = _lower(emitter, node)
+            if observe is not None:
+                observe(node)
         elif node.op == "output":
             source: Any = node.args[0]
             logits = emitter.value(source)

@@ -11,7 +11,7 @@ struct SampleRow {
   double min_p, top_p;
   uint64_t seed;
   int64_t top_k, min_tokens;
-  const int64_t* tokens;  // the sequence so far: the prompt, then what was generated
+  int64_t* tokens;  // the sequence so far: the prompt, then what was generated; then room for later rounds
   int64_t num_tokens, num_prompt_tokens;
   const int64_t* banned;  // masked while fewer than min_tokens were generated
   int64_t num_banned;

@@ -28,6 +28,10 @@ struct Step {
   SampleJob* jobs;
   int64_t num_jobs;
   char* sample_scratch;  // `llmc_sample_scratch_bytes` bytes, zeroed once
+  // More than one round: each sequence's job draws a token, which is its only one in the next round.
+  int64_t rounds;
+  int64_t* drawn;         // [rounds, S] tokens, -1 from a sequence's first row of logits that is not finite on
+  int64_t* round_memory;  // [3 S + Q + kGroups S]
 };
 
 // What a unit was generated for.
@@ -42,6 +46,7 @@ struct GroupLimits {
 // Why a step cannot run. runtime/executors/cpu_library.py gives these words.
 enum StepFault : int32_t {
   kFits = 0, kFieldCount, kSizes, kQueryStarts, kTokenIds, kPositions, kLogitRows, kBlockTable, kSlots, kJobs,
+  kRounds,
 };
 
 // Whether the ids, positions and rows of a step are ones that its kernels may follow.
@@ -66,13 +71,29 @@ LLMC_KERNEL StepFault check_rows(const StepType& s, const StepLimits& most) {
   return kFits;
 }
 
+// Whether every sequence can go on by itself: one job each, of its last token, and positions for all rounds.
+template <class StepType>
+LLMC_KERNEL StepFault check_rounds(const StepType& s, const StepLimits& most) {
+  if (s.rounds == 1) return kFits;
+  if (s.rounds < 1 || s.rounds > most.context || s.L != s.S || s.num_jobs != s.S) return kRounds;
+  if (!s.drawn || !s.round_memory) return kRounds;
+  for (int64_t i = 0; i < s.S; ++i) {
+    const SampleJob& job = s.jobs[i];
+    const int64_t last = s.query_starts[i + 1] - 1;
+    if (s.out_rows[i] != last || s.positions[last] + s.rounds > most.context) return kRounds;
+    if (job.known >= 0 || job.logits_row != i || job.row.mask) return kRounds;
+  }
+  return kFits;
+}
+
 // The same of the pages of one group: every page that a query sees, and every slot written.
 template <class StepType>
 LLMC_KERNEL StepFault check_pages(const StepType& s, int group, const GroupLimits& limits) {
   const int64_t page = limits.page_tokens, width = s.B[group], pages = s.P[group];
   if (width < 0 || pages < 0) return kSizes;
   for (int64_t i = 0; i < s.S; ++i) {
-    const int64_t first = s.positions[s.query_starts[i]], last = s.positions[s.query_starts[i + 1] - 1];
+    const int64_t first = s.positions[s.query_starts[i]];
+    const int64_t last = s.positions[s.query_starts[i + 1] - 1] + s.rounds - 1;
     int64_t oldest = 0;
     if (limits.window) oldest = first - limits.window + 1 > 0 ? first - limits.window + 1 : 0;
     if (limits.chunk) oldest = first / limits.chunk * limits.chunk;
@@ -90,14 +111,45 @@ LLMC_KERNEL StepFault check_pages(const StepType& s, int group, const GroupLimit
 template <class StepType, int kGroups>
 LLMC_INLINE StepFault check_step(const StepType& s, const StepLimits& most, const GroupLimits (&groups)[kGroups]) {
   StepFault fault = check_rows(s, most);
+  if (fault == kFits) fault = check_rounds(s, most);
   for (int group = 0; group < kGroups && fault == kFits; ++group) fault = check_pages(s, group, groups[group]);
   return fault;
+}
+
+// Keeps what the jobs of a round drew, and makes it the input of the next. A sequence that failed goes on with
+// token 0, in pages of its own, and draws nothing more.
+template <class StepType, int kGroups>
+LLMC_KERNEL void next_round(StepType& s, int64_t round, const GroupLimits (&groups)[kGroups]) {
+  int64_t *ids = s.round_memory, *positions = ids + s.S, *rows = positions + s.S, *starts = rows + s.S;
+  int64_t* slots = starts + s.Q;
+  for (int64_t i = 0; i < s.S; ++i) {
+    SampleJob& job = s.jobs[i];
+    const bool goes_on = job.finite && (round == 0 || s.drawn[(round - 1) * s.S + i] >= 0);
+    s.drawn[round * s.S + i] = goes_on ? job.token : -1;
+    if (round + 1 == s.rounds) continue;
+    ids[i] = goes_on ? job.token : 0;
+    if (job.row.tokens) job.row.tokens[job.row.num_tokens] = ids[i];
+    ++job.row.num_tokens;
+    const int64_t position = s.positions[s.query_starts[i + 1] - 1] + 1;
+    for (int group = 0; group < kGroups; ++group) {
+      const int64_t page = groups[group].page_tokens;
+      const int64_t entry = s.block_table[group][i * s.B[group] + position / page];
+      slots[group * s.S + i] = entry * page + position % page;
+    }
+    positions[i] = position;
+    rows[i] = i;
+  }
+  if (round + 1 == s.rounds) return;
+  for (int64_t i = 0; i <= s.S; ++i) starts[i] = i;
+  for (int group = 0; group < kGroups; ++group) s.slots[group] = slots + group * s.S;
+  s.input_ids = ids, s.positions = positions, s.out_rows = rows, s.query_starts = starts;
+  s.T = s.S;
 }
 
 LLMC_END
 
 // The C ABI of a generated unit. `open` starts an engine's threads (null: the system refused memory or threads);
-// `step` runs one step on them and returns 0, or the `StepFault` for which it did nothing.
+// `step` runs one step on them, round after round, and returns 0, or the `StepFault` for which it did nothing.
 #define LLMC_EXPORT_STEP(StepType, step_body, scratch_bytes, limits, groups, version)                \
   extern "C" __attribute__((visibility("default"))) int32_t llmc_abi_version() { return version; }   \
   extern "C" __attribute__((visibility("default"))) int64_t llmc_scratch_bytes(int32_t threads) {    \
@@ -121,15 +173,18 @@ LLMC_END
                                                                       const int64_t* fields,         \
                                                                       int64_t count) {               \
     if (count * 8 != (int64_t)sizeof(StepType)) return llmc::kFieldCount;                            \
-    const StepType& step = *(const StepType*)fields;                                                 \
+    StepType step = *(const StepType*)fields;                                                        \
     if (step.NT != ((llmc::Pool*)engine)->threads()) return llmc::kSizes;                            \
     const llmc::StepFault fault = llmc::check_step(step, limits, groups);                            \
     if (fault != llmc::kFits || step.T == 0) return fault;                                           \
-    ((llmc::Pool*)engine)->run([&](int tid, int nt, llmc::Barrier& barrier) {                        \
-      llmc::FlushDenormals flush;                                                                    \
-      step_body(step, tid, nt, barrier);                                                             \
-      llmc::run_jobs(tid, nt, step.jobs, step.num_jobs, step.logits, limits.vocab,                   \
-                     step.sample_scratch);                                                           \
-    });                                                                                              \
+    for (int64_t round = 0; round < step.rounds; ++round) {                                          \
+      ((llmc::Pool*)engine)->run([&](int tid, int nt, llmc::Barrier& barrier) {                      \
+        llmc::FlushDenormals flush;                                                                  \
+        step_body(step, tid, nt, barrier);                                                           \
+        llmc::run_jobs(tid, nt, step.jobs, step.num_jobs, step.logits, limits.vocab,                 \
+                       step.sample_scratch);                                                         \
+      });                                                                                            \
+      if (step.rounds > 1) llmc::next_round(step, round, groups);                                    \
+    }                                                                                                \
     return 0;                                                                                        \
   }

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+from array import array
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...spec.errors import ArtifactError, InternalError, TargetError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 Array = NDArray[Any]
 # What `StepFault` in kernels/cpu/step.hpp says is wrong, by its number.
 _FAULTS = (
@@ -26,6 +27,7 @@ _FAULTS = (
     "a page that a query sees is not in the cache",
     "a slot lies outside of the cache",
     "what is to be sampled does not fit the step",
+    "its sequences cannot go on for as many rounds",
 )
 # One `SampleJob` of kernels/cpu/sample_step.hpp.
 SAMPLE_JOB = np.dtype(
@@ -61,22 +63,35 @@ SAMPLE_JOB = np.dtype(
         ("top_logprobs", "i8"),
     ]
 )
-NO_JOBS = np.empty(0, SAMPLE_JOB)
+
+
+class Jobs(NamedTuple):
+    """`length` jobs laid out as SAMPLE_JOB in `memory`, which begins at `address`; results are filled in."""
+
+    memory: object
+    address: int
+    length: int
+
+
+NO_JOBS = Jobs(None, 0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepArrays:
-    """What changes from step to step: int64 arrays (contiguous), where the logits go, and what is made of
-    them: an array of SAMPLE_JOB, whose results are filled in."""
+class StepInputs:
+    """What changes from step to step, in one array: input ids and positions of each of `num_tokens` tokens,
+    the `num_rows` tokens whose logits are wanted, where the queries of `num_sequences` sequences start and
+    end; then of each cache group a block table, `widths[g]` pages a sequence, and the slots of the tokens.
+    `offsets` are where these begin, in this order. Logits go to `logits`, and what is made of them to `jobs`.
+    """
 
-    input_ids: Array
-    positions: Array
-    out_rows: Array
-    query_starts: Array
-    block_tables: tuple[Array, ...]
-    slots: tuple[Array, ...]
+    values: array[int]
+    offsets: tuple[int, ...]
+    widths: tuple[int, ...]
+    num_tokens: int
+    num_rows: int
+    num_sequences: int
     logits: Array
-    jobs: Array = field(default_factory=lambda: NO_JOBS)
+    jobs: Jobs = NO_JOBS
 
 
 class CpuLibrary:
@@ -112,9 +127,10 @@ class CpuLibrary:
         bound += [_address(arena), _address(scratch)]
         sample_scratch = aligned_zeros(self._library.llmc_sample_scratch_bytes(num_threads))
         # Sizes, four arrays, and of each group its table, its slots and the table's width; then what is bound
-        # here once; last the logits and jobs of the step.
+        # here once; last the logits, the jobs and the rounds of the step.
+        self._num_groups = len(num_pages)
         self._num_first = 9 + 3 * len(num_pages)
-        fields = [*[0] * self._num_first, *bound, 0, 0, 0, _address(sample_scratch)]
+        fields = [*[0] * self._num_first, *bound, 0, 0, 0, _address(sample_scratch), 0, 0, 0]
         self._fields = (ctypes.c_int64 * len(fields))(*fields)
         self._alive = (caches, weights, arena, scratch, sample_scratch)
         self._engine: int | None = self._library.llmc_open(num_threads)
@@ -126,9 +142,11 @@ class CpuLibrary:
                 "Ask for fewer threads, or raise the limit (`ulimit -u`).",
             )
 
-    def step(self, arrays: StepArrays) -> None:
-        """Run one step; `arrays.logits` and the results of `arrays.jobs` are filled.
+    def step(self, inputs: StepInputs, rounds: int = 1) -> array[int]:
+        """Run one step; `inputs.logits` and the results of `inputs.jobs` are filled.
 
+        With more than one round, each sequence's job draws a token that is its only one in the next round:
+        gives the tokens `[rounds, sequences]`, -1 from where a sequence's logits were not finite.
         Raises InternalError for ids, positions, pages or rows that generated code would not survive.
         """
         if self._engine is None:
@@ -138,30 +156,45 @@ class CpuLibrary:
                 "Its threads have ended.",
                 "Report this with the runtime settings that led to it.",
             )
-        num_sequences = len(arrays.query_starts) - 1
-        first = [len(arrays.input_ids), len(arrays.out_rows), num_sequences, num_sequences + 1]
-        first.append(self._num_threads)
-        whole = (arrays.input_ids, arrays.positions, arrays.out_rows, arrays.query_starts)
-        first += [_address(array) for array in (*whole, *arrays.block_tables, *arrays.slots)]
-        first += [table.shape[1] for table in arrays.block_tables]
+        num_sequences, groups = inputs.num_sequences, self._num_groups
+        base = inputs.values.buffer_info()[0]
+        addresses = [base + 8 * offset for offset in inputs.offsets]
         fields = self._fields
-        fields[: self._num_first] = first
-        fields[-4:-1] = [_address(arrays.logits), _address(arrays.jobs), len(arrays.jobs)]
+        fields[: self._num_first] = [
+            inputs.num_tokens,
+            inputs.num_rows,
+            num_sequences,
+            num_sequences + 1,
+            self._num_threads,
+            *addresses[:4],
+            *addresses[4::2],
+            *addresses[5::2],
+            *inputs.widths,
+        ]
+        drawn = array("q", bytes(8 * rounds * num_sequences if rounds > 1 else 0))
+        memory = array("q", bytes(8 * ((4 + groups) * num_sequences + 1) if rounds > 1 else 0))
+        fields[-7:-4] = [inputs.logits.ctypes.data, inputs.jobs.address, inputs.jobs.length]
+        fields[-3:] = [rounds, drawn.buffer_info()[0], memory.buffer_info()[0]]
         fault = self._library.llmc_step(self._engine, fields, len(fields))
+        if fault:
+            self._refuse(fault)
+        return drawn
+
+    def _refuse(self, fault: int) -> None:
+        """Says why generated code did nothing."""
         if fault == 1:
             raise ArtifactError(
                 "artifact.cpu_fields",
                 "The generated code does not fit its description.",
-                f"It expects another number of inputs than the {len(fields)} it was given.",
+                f"It expects another number of inputs than the {len(self._fields)} it was given.",
                 "Compile the model again.",
             )
-        if fault:
-            raise InternalError(
-                "runtime.cpu_step",
-                "The generated code refused a step.",
-                f"Nothing was computed: {_FAULTS[fault]}.",
-                "Report this with the request mix that led to it.",
-            )
+        raise InternalError(
+            "runtime.cpu_step",
+            "The generated code refused a step.",
+            f"Nothing was computed: {_FAULTS[fault]}.",
+            "Report this with the request mix that led to it.",
+        )
 
     def close(self) -> None:
         """End the engine's threads. Idempotent."""

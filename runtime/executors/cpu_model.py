@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, chain, repeat
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifact.cpu import CpuUnit
-from ...spec.cache import CacheGroup, CacheLayout
+from ...spec.cache import CacheLayout
 from ...spec.errors import InternalError
 from ..protocol import BlockCopy
-from .cpu_library import NO_JOBS, CpuLibrary, StepArrays, aligned_empty, aligned_zeros
+from .cpu_library import NO_JOBS, CpuLibrary, Jobs, StepInputs, aligned_empty, aligned_zeros
 from .tiles import SequencePart, TileLogits, split_tiles
 
-Jobs = NDArray[Any]  # of cpu_library.SAMPLE_JOB
 Owner = tuple[int, int]
 # Kernels prefetch and load whole vectors beyond the end of a packed matrix.
 _SLACK_BYTES = 8192
@@ -31,7 +31,7 @@ def resident(weights: Sequence[NDArray[Any]]) -> list[NDArray[np.uint8]]:
     readable bytes behind it, as kernels want them: mapped files stream at two thirds of the bandwidth.
     Pages of a mapped file are given back as soon as they are copied, so that weights are resident once.
     """
-    offsets = [0, *accumulate(-(-(array.nbytes + _SLACK_BYTES) // 64) * 64 for array in weights)]
+    offsets = [0, *accumulate(-(-(weight.nbytes + _SLACK_BYTES) // 64) * 64 for weight in weights)]
     # Private: shared anonymous memory, Python's default, gets no large pages.
     region = mmap.mmap(-1, max(offsets[-1], 1) + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -39,23 +39,23 @@ def resident(weights: Sequence[NDArray[Any]]) -> list[NDArray[np.uint8]]:
     whole = np.frombuffer(region, dtype=np.uint8)
     whole = whole[-whole.ctypes.data % _HUGE_PAGE :]
     copies: list[NDArray[np.uint8]] = []
-    for offset, array in zip(offsets, weights, strict=False):
-        copy = whole[offset : offset + array.nbytes]
-        copy[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        _forget(array)
+    for offset, weight in zip(offsets, weights, strict=False):
+        copy = whole[offset : offset + weight.nbytes]
+        copy[:] = np.ascontiguousarray(weight).reshape(-1).view(np.uint8)
+        _forget(weight)
         copies.append(copy)
     return copies
 
 
-def _forget(array: NDArray[Any]) -> None:
+def _forget(weight: NDArray[Any]) -> None:
     """Gives the pages of an array back that is a part of a mapped file; they can be read again."""
-    owner: Any = array
+    owner: Any = weight
     while isinstance(owner, np.ndarray):
         owner = cast(Any, owner).base
-    if isinstance(owner, mmap.mmap) and array.nbytes:
-        first = array.ctypes.data - np.frombuffer(owner, dtype=np.uint8).ctypes.data
+    if isinstance(owner, mmap.mmap) and weight.nbytes:
+        first = weight.ctypes.data - np.frombuffer(owner, dtype=np.uint8).ctypes.data
         start = first // mmap.PAGESIZE * mmap.PAGESIZE
-        owner.madvise(mmap.MADV_DONTNEED, start, first + array.nbytes - start)
+        owner.madvise(mmap.MADV_DONTNEED, start, first + weight.nbytes - start)
 
 
 class CpuModel:
@@ -102,9 +102,20 @@ class CpuModel:
             parts = [part for _, _, part in tile]
             owners = tuple((index, offset + token) for index, offset, part in tile for token in part.wanted)
             logits = self._logits[: len(owners)]
-            self._library.step(step_arrays(self._layout, parts, logits, jobs_of(owners)))
+            self._library.step(step_inputs(self._layout, parts, logits, jobs_of(owners)))
             if owners:
                 yield TileLogits(owners=owners, logits=logits)
+
+    def can_draw(self, sequences: Sequence[SequencePart]) -> bool:
+        """Whether one call takes all of `sequences`."""
+        num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
+        return len(sequences) <= self._unit.max_logit_rows and num_tokens <= self._unit.max_tokens
+
+    def draw(self, sequences: Sequence[SequencePart], jobs: Jobs, rounds: int) -> array[int]:
+        """Runs `rounds` steps in one call: the job of each sequence, of which the last token is wanted, draws
+        the token that it goes on with. Tokens `[rounds, sequences]`, -1 where there is none."""
+        logits = self._logits[: len(sequences)]
+        return self._library.step(step_inputs(self._layout, sequences, logits, jobs), rounds)
 
     def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
         """Copy physical pages within their groups, in order."""
@@ -118,48 +129,60 @@ class CpuModel:
         self._library.close()
 
 
-def step_arrays(
+def step_inputs(
     layout: CacheLayout, sequences: Sequence[SequencePart], logits: NDArray[np.float32], jobs: Jobs
-) -> StepArrays:
+) -> StepInputs:
     """The inputs of one step: rows of a sequence are contiguous, in the order given."""
-    lengths = [len(sequence.token_ids) for sequence in sequences]
-    starts = [0, *accumulate(lengths)]
-    spans = (range(part.start, part.start + length) for part, length in zip(sequences, lengths, strict=True))
-    positions = np.fromiter(chain.from_iterable(spans), np.int64, starts[-1])
-    rows = [
-        first + row for first, sequence in zip(starts, sequences, strict=False) for row in sequence.wanted
-    ]
-    tables = [
-        _padded([sequence.block_tables[index] for sequence in sequences])
-        for index in range(len(layout.groups))
-    ]
-    owner = np.repeat(np.arange(len(sequences)), lengths)
-    return StepArrays(
-        input_ids=np.fromiter(
-            chain.from_iterable(part.token_ids for part in sequences), np.int64, starts[-1]
-        ),
-        positions=positions,
-        out_rows=np.asarray(rows, dtype=np.int64),
-        query_starts=np.asarray(starts, dtype=np.int64),
-        block_tables=tuple(tables),
-        slots=tuple(
-            _slots(group, table, positions, owner) for group, table in zip(layout.groups, tables, strict=True)
-        ),
+    token_ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    starts = [0]
+    for part in sequences:
+        first, count = starts[-1], len(part.token_ids)
+        token_ids.extend(part.token_ids)
+        positions.extend(range(part.start, part.start + count))
+        rows.extend([first + token for token in part.wanted])
+        starts.append(first + count)
+    num_tokens = len(token_ids)
+    offsets = [0, num_tokens, 2 * num_tokens, 2 * num_tokens + len(rows)]
+    values = array("q", [*token_ids, *positions, *rows, *starts])
+    widths: list[int] = []
+    for index, group in enumerate(layout.groups):
+        tables = [part.block_tables[index] for part in sequences]
+        widths.append(max(1, max(map(len, tables), default=0)))
+        offsets.append(len(values))
+        slots: list[int] = []
+        for part, table in zip(sequences, tables, strict=True):
+            values.extend(table)
+            values.extend(repeat(-1, widths[-1] - len(table)))
+            slots.extend(_slots(table, part.start, len(part.token_ids), group.page_tokens))
+        offsets.append(len(values))
+        values.extend(slots)
+    return StepInputs(
+        values=values,
+        offsets=tuple(offsets),
+        widths=tuple(widths),
+        num_tokens=num_tokens,
+        num_rows=len(rows),
+        num_sequences=len(sequences),
         logits=logits,
         jobs=jobs,
     )
 
 
-def _slots(
-    group: CacheGroup, table: NDArray[np.int64], positions: NDArray[np.int64], owner: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    index = positions // group.page_tokens
-    if index.size and int(index.max()) >= table.shape[1]:
-        raise _no_page(int(positions[index.argmax()]))
-    pages = table[owner, index]
-    if np.any(pages < 0):
-        raise _no_page(int(positions[int(np.argmin(pages))]))
-    return np.ascontiguousarray(pages * group.page_tokens + positions % group.page_tokens)
+def _slots(table: Sequence[int], start: int, count: int, page_tokens: int) -> list[int]:
+    """Where the keys and values of `count` tokens from position `start` go."""
+    slots: list[int] = []
+    position, end = start, start + count
+    while position < end:
+        index, offset = divmod(position, page_tokens)
+        page = table[index] if index < len(table) else -1
+        if page < 0:
+            raise _no_page(position)
+        first, num_here = page * page_tokens + offset, min(end - position, page_tokens - offset)
+        slots.extend(range(first, first + num_here))
+        position += num_here
+    return slots
 
 
 def _no_page(position: int) -> InternalError:
@@ -169,12 +192,6 @@ def _no_page(position: int) -> InternalError:
         "Pages of every token of a step must be reserved before it runs.",
         "Report this with the request mix that led to it.",
     )
-
-
-def _padded(tables: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    width = max(1, max(map(len, tables), default=0))
-    entries = chain.from_iterable(chain(table, repeat(-1, width - len(table))) for table in tables)
-    return np.fromiter(entries, np.int64, len(tables) * width).reshape(len(tables), width)
 
 
 def _allocate(

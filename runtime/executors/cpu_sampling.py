@@ -3,21 +3,35 @@ Knows requests and the layout of a job; the arithmetic is kernels/cpu/sampling.h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from struct import Struct
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol import BlockCopy, RowResult, TokenLogprob
-from .cpu_library import NO_JOBS, SAMPLE_JOB
-from .cpu_model import CpuModel, Jobs, Owner
+from .cpu_library import SAMPLE_JOB, Jobs
+from .cpu_model import CpuModel, Owner
 from .rows import Row, SegmentOutput
+from .stepped import draw_by_steps
 
 Mask = NDArray[np.uint32]
-# What differs between the jobs of a row, in the order of `_FIELDS`.
-_Fields = tuple[int, int, int, bool, int]
-_FIELDS = ("logits_row", "num_tokens", "known", "wants_logprob", "mask")
+
+
+def _place(name: str) -> int:
+    return cast("Mapping[str, tuple[object, int]]", SAMPLE_JOB.fields)[name][1]
+
+
+# What differs between the jobs of a row, as runs of neighbours in SAMPLE_JOB: (mask, logits_row, known,
+# wants_logprob), num_tokens, (top, top_logprobs); and the results (finite, token, rank, num_found, logprob).
+_ASKED, _ASKED_AT = Struct("=4q"), _place("mask")
+_LENGTH, _LENGTH_AT = Struct("=q"), _place("num_tokens")
+_TOP, _TOP_AT = Struct("=2q"), _place("top")
+_FOUND, _FOUND_AT = Struct("=4qd"), _place("finite")
 _COPIED = (
     "temperature",
     "repetition_penalty",
@@ -52,18 +66,31 @@ class CpuSampled:
             batches[-1].give(collected)
         return [one.result() for one in collected]
 
+    def draw(self, outputs: Sequence[SegmentOutput], rounds: int) -> None:
+        """As `stepped.StepModel` has it: all rounds in one call of generated code where it takes them."""
+        sequences = [output.sequence for output in outputs]
+        if rounds == 1 or not self._model.can_draw(sequences):
+            draw_by_steps(self, outputs, rounds)
+            return
+        states = [self._state(output, rounds - 1) for output in outputs]
+        owners = tuple((index, output.first_sample) for index, output in enumerate(outputs))
+        batch = JobBatch(owners, outputs, states, [None] * len(outputs))
+        drawn = self._model.draw(sequences, batch.jobs, rounds)
+        for index, output in enumerate(outputs):
+            output.row.token_ids.extend(takewhile(lambda token: token >= 0, drawn[index :: len(outputs)]))
+
     def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
         self._model.copy_pages(copies)
 
     def close(self) -> None:
         self._model.close()
 
-    def _state(self, output: SegmentOutput) -> RowState:
-        """What a row's jobs have in common; made when it first samples."""
-        if output.row not in self._states:
-            self._states[output.row] = RowState(output.row)
-        state = self._states[output.row]
-        state.extend(output)
+    def _state(self, output: SegmentOutput, num_later: int = 0) -> RowState:
+        """What a row's jobs have in common, made when it first samples; with room for later tokens."""
+        state = self._states.get(output.row)
+        if state is None:
+            state = self._states[output.row] = RowState(output.row)
+        state.extend(output, num_later)
         return state
 
 
@@ -95,14 +122,14 @@ class RowState:
         self._job["num_top"] = self.num_top
         self.template = self._job.tobytes()
 
-    def extend(self, output: SegmentOutput) -> None:
-        """Brings the tokens up to the row's, with the segment's drafts behind them."""
+    def extend(self, output: SegmentOutput, num_later: int) -> None:
+        """Brings the tokens up to the row's, with the segment's drafts, and room for `num_later`, behind."""
         if not self._reads_tokens or not output.samples:
             return
         known, drafts = output.row.token_ids, output.segment.draft_ids
         length = len(known) + len(drafts)
-        if length > len(self._tokens):
-            grown = np.empty(2 * length, np.int64)
+        if length + num_later > len(self._tokens):
+            grown = np.empty(2 * (length + num_later), np.int64)
             grown[: self._num_tokens] = self._tokens[: self._num_tokens]
             self._tokens = grown
             self._job["tokens"] = grown.ctypes.data
@@ -121,68 +148,65 @@ class JobBatch:
         states: Sequence[RowState],
         masks: Sequence[Mask | None],
     ) -> None:
-        self._keys: list[tuple[int, int | None]] = []  # (segment, known token, None for a sample)
+        self._keys: list[tuple[int, bool]] = []  # (segment, whether the token is known)
         templates: list[bytes] = []
-        rows: list[_Fields] = []
-        most = 1
+        asked: list[tuple[int, int, int, bool]] = []
+        lengths: list[int] = []
+        most = 0
         for place, (index, token) in enumerate(owners):
             output, state = outputs[index], states[index]
             if output.scores_prompt:
-                rows.append(_scoring(output, token, place))
+                following = output.following(token)
+                asked.append((0, place, following or 0, following is not None))
+                lengths.append(0)
                 templates.append(state.template)
-                self._keys.append((index, token))
+                self._keys.append((index, True))
                 most = max(most, state.num_top)
             if output.samples and token >= output.first_sample:
-                rows.append(_sampling(output, state, token - output.first_sample, place, masks[index]))
+                sample, mask = token - output.first_sample, masks[index]
+                address = 0 if mask is None else mask[sample].ctypes.data
+                asked.append((address, place, -1, state.wants_logprob))
+                lengths.append(len(output.row.token_ids) + sample)
                 templates.append(state.template)
-                self._keys.append((index, None))
+                self._keys.append((index, False))
                 most = max(most, state.num_top)
-        self._top = np.empty((len(rows), most), np.int32)
-        self._top_logprobs = np.empty((len(rows), most), np.float64)
-        self.jobs: Jobs = NO_JOBS
-        if rows:
-            self.jobs = np.frombuffer(b"".join(templates), np.uint8).copy().view(SAMPLE_JOB)
-            self._fill(rows)
-
-    def _fill(self, rows: Sequence[_Fields]) -> None:
-        """What differs from job to job, a field at a time."""
-        for name, column in zip(_FIELDS, zip(*rows, strict=True), strict=True):
-            self.jobs[name] = column
-        places = np.arange(len(rows))
-        self.jobs["top"] = self._top.ctypes.data + places * self._top.strides[0]
-        self.jobs["top_logprobs"] = self._top_logprobs.ctypes.data + places * self._top_logprobs.strides[0]
+        self._memory = array("q", b"".join(templates))
+        self._fill(asked, lengths)
+        self._top = np.empty((len(templates), most), np.int32)
+        self._top_logprobs = np.empty((len(templates), most), np.float64)
+        if most:
+            self._give_room_for_top()
+        self.jobs = Jobs(self._memory, self._memory.buffer_info()[0], len(templates))
 
     def give(self, collected: Sequence[Collected]) -> None:
         """Hand the results out to their segments, in order."""
-        columns = [self.jobs[name].tolist() for name in ("finite", "token", "wants_logprob")]
-        for place, ((index, scored), finite, token, wants) in enumerate(
-            zip(self._keys, *columns, strict=True)
-        ):
-            logprob = self._logprob(place, token) if finite and wants else None
-            if scored is None:
-                collected[index].take_sample(token if finite else None, logprob)
+        for place, (index, is_known) in enumerate(self._keys):
+            start = place * SAMPLE_JOB.itemsize
+            finite, token, rank, found, logprob = _FOUND.unpack_from(self._memory, start + _FOUND_AT)
+            told: TokenLogprob | None = None
+            if finite and self._asked[place][3]:
+                top = zip(
+                    self._top[place, :found].tolist(), self._top_logprobs[place, :found].tolist(), strict=True
+                )
+                told = TokenLogprob(token_id=token, logprob=logprob, rank=rank, top=tuple(top))
+            if is_known:
+                collected[index].take_score(bool(finite), told)
             else:
-                collected[index].take_score(bool(finite), logprob)
+                collected[index].take_sample(token if finite else None, told)
 
-    def _logprob(self, place: int, token: int) -> TokenLogprob:
-        job = self.jobs[place]
-        found = int(job["num_found"])
-        top = zip(self._top[place, :found].tolist(), self._top_logprobs[place, :found].tolist(), strict=True)
-        return TokenLogprob(
-            token_id=token, logprob=float(job["logprob"]), rank=int(job["rank"]), top=tuple(top)
-        )
+    def _fill(self, asked: list[tuple[int, int, int, bool]], lengths: Sequence[int]) -> None:
+        """What differs from job to job."""
+        self._asked, memory, start = asked, self._memory, 0
+        for each, length in zip(asked, lengths, strict=True):
+            _LENGTH.pack_into(memory, start + _LENGTH_AT, length)
+            _ASKED.pack_into(memory, start + _ASKED_AT, *each)
+            start += SAMPLE_JOB.itemsize
 
-
-def _scoring(output: SegmentOutput, token: int, place: int) -> _Fields:
-    """The logprob of the token that follows, where it is known; whether the logits are finite in any case."""
-    following = output.following(token)
-    return place, 0, following or 0, following is not None, 0
-
-
-def _sampling(output: SegmentOutput, state: RowState, sample: int, place: int, mask: Mask | None) -> _Fields:
-    """Sample `sample` of a segment, which sees the drafts before it."""
-    address = 0 if mask is None else mask[sample].ctypes.data
-    return place, len(output.row.token_ids) + sample, -1, state.wants_logprob, address
+    def _give_room_for_top(self) -> None:
+        """Where each job puts the alternatives it was asked for."""
+        for place, (ids, logprobs) in enumerate(zip(self._top, self._top_logprobs, strict=True)):
+            start = place * SAMPLE_JOB.itemsize + _TOP_AT
+            _TOP.pack_into(self._memory, start, ids.ctypes.data, logprobs.ctypes.data)
 
 
 class Collected:

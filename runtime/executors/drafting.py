@@ -56,11 +56,7 @@ class Drafter:
         rows = [self._rows[number] for number, _ in known]
         for each, (_, token_ids) in zip(rows, known, strict=True):
             self._learn(each, token_ids)
-        going = self._read([each for each in rows if self._reserve(each, k)])
-        for _ in range(k - 1):
-            if not going:
-                break
-            going = self._run([self._output(each, 1) for each in going], going)
+        self._draw([each for each in rows if self._reserve(each, k)], k)
         return tuple(tuple(each.row.token_ids[each.num_known :]) for each in rows)
 
     def close(self) -> None:
@@ -105,32 +101,30 @@ class Drafter:
     def _has(self, pages: Sequence[int]) -> bool:
         return all(need <= have for need, have in zip(pages, self._blocks.available(), strict=True))
 
-    def _read(self, rows: Sequence[_DraftRow]) -> list[_DraftRow]:
-        """Reads what is not computed of each row and samples its first draft; as far as the budget goes.
-        Returns the rows that have a draft."""
+    def _draw(self, rows: Sequence[_DraftRow], k: int) -> None:
+        """Reads what is not computed of each row, as far as the budget goes, and draws `k` tokens behind
+        those that were read to their end."""
         budget = min(MAX_CATCH_UP + len(rows), self._caps.max_tokens)
-        whole: list[_DraftRow] = []
+        behind: list[SegmentOutput] = []
+        ready: list[_DraftRow] = []
         outputs: list[SegmentOutput] = []
         for each in rows:
             count = min(each.num_known - each.num_computed, MAX_CATCH_UP, budget)
             if count:
-                outputs.append(self._output(each, count))
-                whole.append(each)
-            budget -= count
-        return self._run(outputs, whole)
-
-    def _run(self, outputs: Sequence[SegmentOutput], rows: Sequence[_DraftRow]) -> list[_DraftRow]:
-        """Computes segments of `rows`; returns the rows that gained a token."""
-        if not outputs:
-            return []
-        results = self._model.results(outputs, [None] * len(outputs))
-        going: list[_DraftRow] = []
-        for each, output, result in zip(rows, outputs, results, strict=True):
-            each.num_computed += output.segment.num_tokens
-            if result.token_ids:
-                each.row.token_ids.extend(result.token_ids)
-                going.append(each)
-        return going
+                output = self._output(each, count)
+                each.num_computed += count
+                budget -= count
+                if output.samples:
+                    ready.append(each)
+                    outputs.append(output)
+                else:
+                    behind.append(output)
+        if behind:
+            self._model.results(behind, [None] * len(behind))
+        if outputs:
+            self._model.draw(outputs, k)
+        for each in ready:
+            each.num_computed = max(each.num_computed, len(each.row.token_ids) - 1)
 
     def _output(self, each: _DraftRow, num_tokens: int) -> SegmentOutput:
         """The next tokens of a row that are not computed; samples behind the last one."""

@@ -5,13 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...spec.errors import InternalError
-from ..protocol import BlockCopy, Drafts, ExecutorCaps, RowDiff, RowResult, StepPlan, StepResult, Ticket
+from ..protocol import (
+    BlockCopy,
+    Drafts,
+    ExecutorCaps,
+    RowDiff,
+    RowResult,
+    Segment,
+    StepPlan,
+    StepResult,
+    Ticket,
+)
 from .rows import Row, SegmentOutput
 from .tiles import SequencePart, TileLogits
 
@@ -25,6 +35,11 @@ class StepModel(Protocol):
     def results(self, outputs: Sequence[SegmentOutput], masks: Sequence[Mask | None]) -> list[RowResult]:
         """Computes one step, writing K and V of every token; gives what each segment asks for. A mask is
         `[1 + drafts, words]`."""
+        ...
+
+    def draw(self, outputs: Sequence[SegmentOutput], rounds: int) -> None:
+        """Samples behind each segment, which ends with its row's last token, and goes on behind the sample,
+        `rounds` tokens in all: they are appended to the rows. Fewer where logits are not finite."""
         ...
 
     def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
@@ -47,6 +62,23 @@ class DraftModel(Protocol):
 
     def close(self) -> None:
         """Releases everything. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class DraftCapable(Protocol):
+    """An executor that takes part in speculation with a draft model, as the one or the other."""
+
+    @property
+    def caps(self) -> ExecutorCaps: ...
+
+    @property
+    def model(self) -> StepModel:
+        """What computes its steps, for whoever keeps rows of its own."""
+        ...
+
+    def attach(self, draft_model: DraftModel) -> None:
+        """Proposes with `draft_model` from now on, and closes it with itself. Before the first row enters."""
         ...
 
 
@@ -77,6 +109,9 @@ class OracleSampled:
             for (index, token), logits in zip(tile.owners, tile.logits, strict=True):
                 outputs[index].take(token, logits)
         return [output.result(mask) for output, mask in zip(outputs, masks, strict=True)]
+
+    def draw(self, outputs: Sequence[SegmentOutput], rounds: int) -> None:
+        draw_by_steps(self, outputs, rounds)
 
     def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
         self._model.copy_pages(copies)
@@ -164,6 +199,21 @@ class SteppedExecutor:
     def _row(self, row: int) -> Row:
         _expect(row in self._rows, f"row {row} is empty")
         return self._rows[row]
+
+
+def draw_by_steps(model: StepModel, outputs: Sequence[SegmentOutput], rounds: int) -> None:
+    """`StepModel.draw` as a step for each round."""
+    for left in range(rounds, 0, -1):
+        going: list[SegmentOutput] = []
+        results = model.results(outputs, [None] * len(outputs)) if outputs else []
+        for output, result in zip(outputs, results, strict=True):
+            output.row.token_ids.extend(result.token_ids)
+            if result.token_ids and left > 1:
+                start = len(output.row.token_ids) - 1
+                going.append(
+                    SegmentOutput(Segment(row=output.segment.row, start=start, num_tokens=1), output.row)
+                )
+        outputs = going
 
 
 def _split_masks(plan: StepPlan) -> list[Mask | None]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from llmc.artifact.cpu import CPU_UNIT, decode_unit
-from llmc.runtime.executors.cpu_library import SAMPLE_JOB
-from llmc.runtime.executors.cpu_model import CpuModel, step_arrays
+from llmc.runtime.executors.cpu_library import NO_JOBS, SAMPLE_JOB, Jobs
+from llmc.runtime.executors.cpu_model import CpuModel, step_inputs
 from llmc.runtime.executors.tiles import SequencePart
 from llmc.spec.cache import CacheLayout
 from llmc.spec.errors import InternalError
@@ -47,7 +48,7 @@ class Batches:
         parts = []
         for index in range(SEQUENCES):
             capacity = PAGES * self.layout.groups[0].page_tokens
-            if self.done[index] > capacity - 20:
+            if self.done[index] > capacity - 24:
                 self.done[index] = 0
             count = int(self.rng.choice([0, 1, 1, 5, 19]))
             if count:
@@ -84,22 +85,39 @@ class Batches:
             job["wants_logprob"], job["num_top"] = rng.integers(0, 2), rng.integers(0, 6)
             job["top"] = top.ctypes.data + place * 20
             job["top_logprobs"] = top_logprobs.ctypes.data + place * 40
-        return jobs
+        return Jobs(jobs, jobs.ctypes.data, count)
+
+    def drawing(self, sequences):
+        """A job for each sequence that draws its next token, with room for more."""
+        self.jobs(1)
+        jobs, kept = np.zeros(sequences, SAMPLE_JOB), np.zeros((sequences, 40), np.int64)
+        self.alive.append(kept)
+        for place, job in enumerate(jobs):
+            job["logits_row"], job["known"], job["top_p"] = place, -1, 1.0
+            job["repetition_penalty"] = self.rng.choice([1.0, 1.3])
+            job["temperature"], job["seed"] = self.rng.choice([0.0, 0.8]), self.rng.integers(0, 2**62)
+            job["tokens"], job["num_tokens"] = kept[place].ctypes.data, 30
+        return Jobs(jobs, jobs.ctypes.data, sequences)
 
     def next(self):
+        """The inputs of a step, and its rounds."""
         parts = self.parts()
+        rounds = int(self.rng.choice([1, 1, 2, 3]))
+        if rounds > 1:
+            parts = [replace(part, wanted=[len(part.token_ids) - 1]) for part in parts]
         rows = sum(len(part.wanted) for part in parts)
         logits = np.zeros((rows, self.vocab), np.float32)
-        return step_arrays(self.layout, parts, logits, self.jobs(rows) if rows else np.zeros(0, SAMPLE_JOB))
+        if rounds > 1:
+            return step_inputs(self.layout, parts, logits, self.drawing(rows)), rounds
+        return step_inputs(self.layout, parts, logits, self.jobs(rows) if rows else NO_JOBS), 1
 
 
 def spoil(rng, arrays):
     """Puts values into a step that no caller should send. Addresses are left as they are."""
-    named = ("input_ids", "positions", "out_rows", "query_starts")
-    targets = [getattr(arrays, name) for name in named] + [*arrays.block_tables, *arrays.slots]
+    targets = np.split(np.frombuffer(arrays.values, np.int64), arrays.offsets[1:])
     for _ in range(int(rng.integers(1, 4))):
-        target = targets[int(rng.integers(0, len(targets)))].reshape(-1)
-        if rng.random() < 0.3 and len(arrays.jobs):
+        target = targets[int(rng.integers(0, len(targets)))]
+        if rng.random() < 0.3 and arrays.jobs.length:
             # counts of the caller's own arrays are its word, like their addresses
             names = (
                 "temperature",
@@ -111,7 +129,7 @@ def spoil(rng, arrays):
                 "logits_row",
             )
             name = str(rng.choice([*names, "known", "repetition_penalty", "frequency_penalty"]))
-            job = arrays.jobs[int(rng.integers(0, len(arrays.jobs)))]
+            job = arrays.jobs.memory[int(rng.integers(0, arrays.jobs.length))]
             is_float = SAMPLE_JOB[name].kind == "f"
             job[name] = (
                 rng.choice([np.nan, np.inf, -np.inf, -1.0, 1e-40]) if is_float else int(rng.choice(HOSTILE))
@@ -134,11 +152,12 @@ def main():
         step = model._library._library.llmc_step
         model._library._library.llmc_step = lambda *a: counted(counter, step, a)
     for _ in range(steps):
-        arrays = batches.next()
+        arrays, rounds = batches.next()
         if mode == "hostile":
             spoil(rng, arrays)
+            rounds = rounds if rng.random() < 0.7 else int(rng.choice([-1, 0, 2, 5, 400]))
         try:
-            run(arrays)
+            digest.update(run(arrays, rounds).tobytes())
             digest.update(arrays.logits.tobytes())
         except InternalError:
             refused += 1

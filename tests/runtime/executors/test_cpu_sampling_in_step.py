@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from llmc.runtime.config import RuntimeConfig
 from llmc.runtime.executors.cpu import open_model, processor_features, runnable_levels
 from llmc.runtime.executors.cpu_sampling import CpuSampled
 from llmc.runtime.executors.rows import Row, SegmentOutput
-from llmc.runtime.executors.stepped import OracleSampled
+from llmc.runtime.executors.stepped import OracleSampled, draw_by_steps
 from llmc.runtime.protocol import LogitsWanted, RowEntry, SamplingState, Segment
 
 pytestmark = [
@@ -164,3 +165,34 @@ def test_a_row_remembers_its_tokens_between_steps(opened):
         ours = sampler.results([SegmentOutput(segment, row)], [None])[0]
         assert_same(ours, OracleSampled(models[0]).results([SegmentOutput(segment, row)], [None])[0])
         row.token_ids.extend(ours.token_ids)
+
+
+def test_rounds_in_one_call_draw_what_steps_draw(opened):
+    """Several tokens behind each row, fed back by generated code, against a step for each; with every
+    parameter, over page boundaries, and with a row whose logits are masked away."""
+    models, manifest = opened
+    rng = np.random.default_rng(int(np.random.SeedSequence().generate_state(1)[0]))
+    vocab = manifest.spec.vocab_size
+    for model in models:
+        for count, rounds in ((1, 4), (5, 14), (70, 3), (3, 1)):
+            drawn = []
+            outputs = [random_segment(rng, index, manifest.cache, vocab)[0] for index in range(count)]
+            if count == 5:
+                sampling = outputs[2].row.entry.sampling
+                nowhere = replace(sampling, min_tokens=99, banned_until_min=tuple(range(vocab)))
+                outputs[2].row.entry = replace(outputs[2].row.entry, sampling=nowhere)
+            for draw in (CpuSampled.draw, draw_by_steps):
+                rows = [Row(each.row.entry, manifest.cache) for each in outputs]
+                for row, each in zip(rows, outputs, strict=True):
+                    row.tables = each.row.tables
+                draw(
+                    CpuSampled(model),
+                    [
+                        SegmentOutput(Segment(row=0, start=0, num_tokens=len(row.token_ids)), row)
+                        for row in rows
+                    ],
+                    rounds,
+                )
+                drawn.append([row.token_ids[len(row.entry.token_ids) :] for row in rows])
+            assert drawn[0] == drawn[1]
+            assert {len(tokens) for tokens in drawn[0]} <= {0, rounds}
