@@ -39,7 +39,7 @@ def rotary_of(q: fx.Node, k: fx.Node, spec: ModelSpec) -> Rotary | None:
     assert isinstance(positions, fx.Node)
     assert isinstance(inv_freq, fx.Node)
     half, width = int(inv_freq.meta["val"].shape[0]), int(source.meta["val"].shape[2])
-    fits = width % 8 == 0 and half <= width // 16 * 8
+    fits = width % 8 == 0 and half % 8 == 0 and half <= width // 2
     stored = positions.op == "placeholder" and inv_freq.op == "get_attr"
     small = 2 * 4 * half * spec.max_context <= _MOST_TABLE_BYTES
     if tail or style not in ("half", "interleaved") or not (fits and stored and small):
