@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .collector import collector_paused
+from .onnx_words import onnx_limits
 from .output import Output, human_bytes, table, with_output
 from .progress import shown_progress
 
@@ -46,14 +49,17 @@ def compile_command(output: Output, model: str, path: Path | None, **options: An
 
     Without --quant and --dtype the checkpoint's own precision is kept.
     """
-    from ..compiler.driver import compile_model
+    with collector_paused() if options["dry_run"] else nullcontext():
+        from ..compiler.driver import compile_model
 
-    with shown_progress(output) as progress:
-        result = compile_model(model, output=path, progress=progress, **options)
+        with shown_progress(output) as progress:
+            result = compile_model(model, output=path, progress=progress, **options)
     output.result(result.as_dict(), _summary(result))
 
 
 def _summary(result: CompileResult) -> str:
+    from ..artifact.reader import open_unchecked
+
     bound = "at most " if result.dry_run else ""
     size = f"{bound}{human_bytes(result.size_bytes)}, {result.bits_per_weight:.2f} bits a weight"
     lines = [("size", size), ("recipe", result.recipe), ("target", result.target)]
@@ -62,6 +68,9 @@ def _summary(result: CompileResult) -> str:
     lines.append(("memory", result.fit.sentence()))
     if result.reuse is not None:
         lines.append(("cache", result.reuse.sentence()))
+    lines += [(f"way {number}", way) for number, way in enumerate(result.ways, start=1)]
+    if result.target == "onnx" and not result.dry_run:
+        lines += onnx_limits(open_unchecked(result.path))
     lines.append(("time", f"{result.seconds:.1f} s"))
     title = f"{'Would write' if result.dry_run else 'Wrote'} {result.path}"
     return f"{title}\n{table([('  ' + name, value) for name, value in lines])}"

@@ -93,27 +93,45 @@ def program_text(path: Path) -> Description:
 def describe_fit(path: Path, memory: str | None, context: int | None) -> Description:
     """How many requests of `context` tokens the artifact at `path` serves in `memory`."""
     from ..artifact.reader import open_unchecked
+    from ..runtime.fit import fit_within, ways_to_fit
     from ..runtime.memory import available_memory_bytes
 
     manifest = open_unchecked(path).manifest
+    plan, most = manifest.memory, manifest.spec.max_context
+    if plan is None:
+        raise UsageError(
+            "usage.no_plan",
+            f"{path.name} has no memory plan.",
+            "Its recipe ran without the pass `memory_plan`.",
+            "Compile it with that pass at the end of the recipe.",
+        )
+    tokens = most if context is None else context
+    if not 1 <= tokens <= most:
+        raise UsageError(
+            "usage.context",
+            f"A context of {tokens} tokens was asked for.",
+            f"The artifact's own is {most} tokens.",
+            "Choose one within it.",
+        )
     total = available_memory_bytes() if memory is None else parse_bytes(memory)
-    tokens_each = context or manifest.spec.max_context
-    plan = manifest.memory
-    tokens = plan.cache_tokens_within(total) if plan is not None else 0
-    need = plan.weight_bytes + plan.activation_bytes if plan is not None else 0
+    found = fit_within(plan, manifest.cache, tokens, total)
+    ways = () if found.requests else ways_to_fit(plan, manifest.cache, tokens, total)
     data = {
         "memory_bytes": total,
-        "needed_bytes": need,
-        "cache_bytes_per_token": plan.cache_bytes_per_token if plan is not None else 0,
-        "cache_tokens": tokens,
-        "context": tokens_each,
-        "requests": tokens // tokens_each,
+        "needed_bytes": found.needed_bytes,
+        "cache_bytes_per_token": found.cache_bytes_per_token,
+        "cache_tokens": found.cache_tokens,
+        "context": tokens,
+        "request_bytes": found.request_bytes,
+        "requests": found.requests,
+        "ways": ways,
     }
     rows = [
         ("memory", human_bytes(total)),
-        ("weights and activations", human_bytes(need)),
-        ("cache", f"{tokens} tokens of {human_bytes(data['cache_bytes_per_token'])}"),
-        ("fits", f"{tokens // tokens_each} requests of {tokens_each} tokens"),
+        ("weights and activations", human_bytes(found.weight_bytes + found.activation_bytes)),
+        ("cache", f"{human_bytes(found.request_bytes)} a request of {tokens} tokens, in whole pages"),
+        ("fits", f"{found.requests} requests of {tokens} tokens" if found.requests else "no"),
+        *((f"way {number}", way) for number, way in enumerate(ways, start=1)),
     ]
     return Description(data, table(rows))
 

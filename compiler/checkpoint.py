@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,28 +44,56 @@ class Checkpoint:
 
         Raises ModelError when that is no dtype a program can compute in.
         """
-        values: Counter[torch.dtype] = Counter()
-        for tensor in self.tensors.values():
-            if tensor.dtype.is_floating_point and (self.form is None or tensor.dtype in _COMPUTED):
-                values[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
-        declared = COMPUTE_DTYPES.get(str(self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")))
-        stored = values.most_common(1)[0][0] if values else None
-        if self.form is not None and declared is not None:
-            stored = declared  # what is left beside the codes may be scales alone
-        if stored not in COMPUTE_DTYPES.values():
-            raise ModelError(
-                "model.precision",
-                f"Most weights of {self.folder.name} are stored as {_dtype_name(stored)}.",
-                f"Programs compute in {', '.join(COMPUTE_DTYPES)}.",
-                "Choose one of these with --dtype, or convert the checkpoint.",
-            )
-        assert stored is not None
-        return stored
+        return precision_of(
+            self.folder.name, Described(self.raw_config, self.config, self.form), self.tensors
+        )
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all stored tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+
+class Described(NamedTuple):
+    """A model by its config.json: the JSON object, the transformers config object made of it, and how its
+    quantised weights are stored (None where it has none)."""
+
+    raw: dict[str, Any]
+    config: Any
+    form: QuantisedForm | None
+
+    @property
+    def declared_dtype(self) -> torch.dtype | None:
+        """The precision that it states; None where it states none that a program can compute in."""
+        return declared_dtype(self.raw)
+
+
+def declared_dtype(raw: Mapping[str, Any]) -> torch.dtype | None:
+    """The precision that the content of a config.json states, if a program can compute in it."""
+    return COMPUTE_DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch."))
+
+
+def precision_of(name: str, described: Described, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The precision of the checkpoint called `name`: what most of its values, codes aside, are stored in.
+
+    Raises ModelError when that is no dtype a program can compute in.
+    """
+    values: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating_point and (described.form is None or tensor.dtype in _COMPUTED):
+            values[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
+    stored = values.most_common(1)[0][0] if values else None
+    if described.form is not None and described.declared_dtype is not None:
+        stored = described.declared_dtype  # what is left beside the codes may be scales alone
+    if stored not in COMPUTE_DTYPES.values():
+        raise ModelError(
+            "model.precision",
+            f"Most weights of {name} are stored as {_dtype_name(stored)}.",
+            f"Programs compute in {', '.join(COMPUTE_DTYPES)}.",
+            "Choose one of these with --dtype, or convert the checkpoint.",
+        )
+    assert stored is not None
+    return stored
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -75,18 +103,26 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     quantisation that cannot be read, weights that are pickled, missing, truncated or damaged, and a
     missing tokenizer.
     """
-    raw = _read_config(folder)
-    config = _config_object(folder, raw)
-    form = quantised_form(raw)
+    described = read_config(folder)
     tensors = list_tensors(folder)
     return Checkpoint(
         folder=folder,
-        config=config,
-        raw_config=raw,
+        config=described.config,
+        raw_config=described.raw,
         tensors=tensors,
         tokenizer=find_tokenizer(folder),
-        form=form,
+        form=described.form,
     )
+
+
+def read_config(folder: Path) -> Described:
+    """What config.json in `folder` says; nothing else is read.
+
+    Raises ModelError for a folder that is empty or no model, an unknown `model_type`, and a form of
+    quantisation that cannot be read.
+    """
+    raw = _read_config(folder)
+    return Described(raw=raw, config=_config_object(folder, raw), form=quantised_form(raw))
 
 
 def parse_dtype(name: str) -> torch.dtype:

@@ -25,6 +25,7 @@ from .cache.session import CompileCache
 from .calibrate import calibration_of
 from .calibration import results_folder
 from .checkpoint import Checkpoint, open_checkpoint, parse_dtype
+from .dry_run import plan_compile
 from .finish import finish_artifact, make_manifest
 from .ledger import Ledger, Progress, Silent
 from .pipeline import Compiled, Pipeline, check_on_twin, choose_pipeline, is_small, run_pipeline
@@ -61,9 +62,9 @@ def compile_model(
     """Compile the Hugging Face folder (or cached hub id) `model` into an artifact.
 
     The arguments are those of `CompileRequest`. With `dry_run` everything is decided and nothing is
-    loaded or written. Raises LlmcError subclasses: UsageError and RecipeError for what was asked,
-    ModelError for the model, TargetError for what this machine cannot do, CheckFailed when a check
-    says no. However it ends, the output is whole or as it was before.
+    loaded or written, which takes config.json alone. Raises LlmcError subclasses: UsageError and
+    RecipeError for what was asked, ModelError for the model, TargetError for what this machine cannot do,
+    CheckFailed when a check says no. However it ends, the output is whole or as it was before.
     """
     request = CompileRequest(
         model=str(model),
@@ -84,6 +85,8 @@ def compile_model(
         max_kl=max_kl,
     )
     request.validate()
+    if request.dry_run and request.dump_ir is None:
+        return plan_compile(request, Ledger(clock, progress or Silent()))
     with CompileCache(request.cache_config(), clock) as known:
         return _compile(request, Ledger(clock, progress or Silent()), known)
 

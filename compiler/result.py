@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runtime.fit import Fit
 from .ledger import StageTime
-from .preflight import Fit
 from .quality import Quality
 
 
@@ -57,7 +57,8 @@ class CompileResult:
     """One finished compile, or dry run (then nothing was written and `quality` is None).
 
     `size_bytes` is of all files of the artifact (of a dry run: an upper bound), `bits_per_weight` of its
-    weights over the model's parameters. `reuse` is None where the compile cache was off.
+    weights over the model's parameters. `reuse` is None where the compile cache was off. `ways` are what a
+    dry run found to make it fit here, where it does not.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class CompileResult:
     passes: tuple[PassSummary, ...]
     ledger: tuple[StageTime, ...]
     reuse: Reuse | None = None
+    ways: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `llmc compile --json` prints. Times in seconds, sizes in bytes."""
@@ -87,5 +89,6 @@ class CompileResult:
             "quality": self.quality.as_dict() if self.quality is not None else None,
             "passes": [asdict(entry) for entry in self.passes],
             "ledger": [asdict(entry) for entry in self.ledger],
+            "ways": list(self.ways),
             "cache": asdict(self.reuse) if self.reuse is not None else None,
         }

@@ -63,6 +63,12 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     raise _no_weights(folder)
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether there is any file of weights in `folder`, one that can be read or not."""
+    patterns = (INDEX_NAME, "*.safetensors", *_PICKLES)
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
 def _no_weights(folder: Path) -> ModelError:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:

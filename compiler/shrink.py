@@ -3,6 +3,7 @@ Knows which sizes carry no meaning; which attributes those are is the adapter's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,20 +35,32 @@ def shrink(config: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class LayerKinds:
-    """A config with one layer of each kind, full-sized otherwise, and how often the whole model has each."""
+    """A config with few layers, full-sized otherwise: its layer i stands for the whole model's layers
+    `members[i]`, the first of which it is."""
 
     config: Any
-    counts: tuple[int, ...]
+    members: tuple[tuple[int, ...], ...]
 
 
-def one_of_each_kind(config: Any) -> LayerKinds:
-    """The first layer of each kind, for what grows with layers alone."""
+def one_of_each_kind(config: Any, marks: Sequence[object] = ()) -> LayerKinds:
+    """The first layer, the last one, and of those between them one of each kind: what enters the first and
+    leaves the last is unlike what goes from layer to layer. Layers whose `marks` (one each, where given)
+    differ are of different kinds whatever the config says. All layers, where a kind hangs on more than the
+    config's lists and borders, or weights outside of the layers on how many there are."""
+    whole = adapter.readable_copy(config)
+    count = adapter.num_layers(whole)
+    kinds = [adapter.layer_kind(whole, index) for index in range(count)]
+    alike: dict[object, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        end = index if index in (0, count - 1) else -1
+        alike.setdefault((end, kind, marks[index] if marks else None), []).append(index)
+    members = sorted(alike.values(), key=lambda layers: layers[0])
     small = adapter.readable_copy(config)
-    kinds = [adapter.layer_kind(small, index) for index in range(adapter.num_layers(small))]
-    kept = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-    counts = tuple(kinds.count(kinds[index]) for index in kept)
-    _keep_layers(small, kept)
-    return LayerKinds(config=small, counts=counts)
+    _keep_layers(small, [layers[0] for layers in members])
+    found = [adapter.layer_kind(small, index) for index in range(len(members))]
+    if adapter.has_parts_per_layer(whole) or found != [kinds[layers[0]] for layers in members]:
+        return LayerKinds(config=whole, members=tuple((index,) for index in range(count)))
+    return LayerKinds(config=small, members=tuple(map(tuple, members)))
 
 
 def _kept_layers(config: Any) -> list[int]:

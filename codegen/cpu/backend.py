@@ -40,9 +40,17 @@ class Backend:
         self.target = target
 
     def estimate_bytes(self, program: Program, portable: Program) -> int:
-        """Bytes of all weights as stored (small ones twice at most), and a bound for the rest."""
+        """Bytes of all weights as stored (small ones twice at most), and a bound for the rest.
+
+        Raises TargetError when a node has no form here, or there is no C++ compiler.
+        """
         find_compiler()
-        return shared_weights(program, portable).total_bytes + _BESIDE_WEIGHTS_BYTES
+        return self.stored_form(program, portable).total_bytes + _BESIDE_WEIGHTS_BYTES
+
+    def stored_form(self, program: Program, portable: Program) -> WeightStore:
+        """The weights of both programs, in the layouts that the step's kernels read."""
+        source = generate(program, max_tokens=MAX_TOKENS, max_logit_rows=MAX_LOGIT_ROWS)
+        return cpu_weights(shared_weights(program, portable), source)
 
     def emit(
         self,

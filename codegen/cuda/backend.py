@@ -35,6 +35,12 @@ class Backend:
         require_triton()
         return shared_weights(program, portable).total_bytes + _BESIDE_WEIGHTS_BYTES
 
+    def stored_form(self, program: Program, portable: Program) -> WeightStore:
+        """The weights of both programs, codes in words."""
+        shared = shared_weights(program, portable)
+        entries = stored_weights({name: shared[name] for name in shared}, word_weights(program))
+        return WeightStore(entries, shared.ties, shared.reader)
+
     def emit(
         self,
         program: Program,

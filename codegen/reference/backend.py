@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from ...artifact.reader import Artifact
 from ...artifact.writer import ArtifactWriter
 from ...ir.program import Program
-from ...ir.weights import Expr
+from ...ir.weights import Expr, WeightStore
 from ...spec.target import Target
 from ..base import RecallBytes, compute_bytes
 from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
@@ -26,6 +26,10 @@ class Backend:
     def estimate_bytes(self, program: Program, portable: Program) -> int:
         """Bytes of all weights as stored, and a bound for the rest."""
         return shared_weights(program, portable).total_bytes + _BESIDE_WEIGHTS_BYTES
+
+    def stored_form(self, program: Program, portable: Program) -> WeightStore:
+        """The weights of both programs as they are."""
+        return shared_weights(program, portable)
 
     def emit(
         self,

@@ -279,7 +279,14 @@ LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers")
 FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index")
 LAST_LAYERS = ("num_kv_shared_layers",)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "pad_token_id_per_layer_input")
+# Where set, tables outside of the layers have a part for each layer.
+_PARTS_PER_LAYER = "hidden_size_per_layer_input"
 _PERIODS = ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step", "moe_layer_freq")
+
+
+def has_parts_per_layer(config: Any) -> bool:
+    """Whether weights outside of the layers grow with their number."""
+    return bool(getattr(config, _PARTS_PER_LAYER, None))
 
 
 def config_of(class_name: str, options: dict[str, Any]) -> Any:
