@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..ir.bands import one_thread
-from ..passes.base import PassContext, needs_calibration
+from ..passes.base import PassContext
 from ..passes.manager import check_order
 from ..passes.recipes import Recipe, override, preset_recipe, read_recipe
 from ..runtime.tokenizer import Tokenizer
@@ -15,6 +15,7 @@ from ..spec.errors import UsageError
 from ..spec.target import parse_target
 from .bind import bind_checkpoint
 from .bisect import Verdict, bisect_passes
+from .bisect_data import probe_calibration
 from .checkpoint import open_checkpoint, parse_dtype
 from .ledger import Progress, Silent
 from .reproducer import Reproducer, check_folder, write_reproducer
@@ -59,18 +60,14 @@ def bisect_model(
     checkpoint = open_checkpoint(find_model(model))
     compute = checkpoint.dtype if dtype is None else parse_dtype(dtype)
     program = bind_checkpoint(trace_config(checkpoint.config, dtype=compute), checkpoint)
-    context = PassContext(
-        target=parse_target(target),
-        max_model_len=program.spec.max_context,
-        planning=any(map(needs_calibration, chosen.passes)),
-    )
+    plain = PassContext(target=parse_target(target), max_model_len=program.spec.max_context)
     sequences = _token_ids(prompts, checkpoint.folder, program.spec.vocab_size, program.spec.max_context)
     told.begin("bisect")
-    with one_thread():
+    with one_thread(), probe_calibration(plain, program.spec) as context:
         verdict = bisect_passes(program, chosen.passes, context, sequences)
-    if verdict.is_clean or output is None:
-        return BisectResult(verdict=verdict, reproducer=None)
-    made = write_reproducer(Path(output), checkpoint, chosen.passes, context, verdict)
+        if verdict.is_clean or output is None:
+            return BisectResult(verdict=verdict, reproducer=None)
+        made = write_reproducer(Path(output), checkpoint, chosen.passes, plain, verdict)
     return BisectResult(verdict=verdict, reproducer=made)
 
 

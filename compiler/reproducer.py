@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from ..passes.probe import with_random_weights
 from ..passes.recipes import Recipe, to_yaml
 from ..spec.errors import LlmcError, UsageError
 from .bisect import Verdict, bisect_passes
+from .bisect_data import probe_calibration
 from .checkpoint import Checkpoint
 from .hf import adapter
 from .shrink import shrink
@@ -74,8 +75,11 @@ def write_reproducer(
 
 
 def _same_verdict(program: Program, passes: Sequence[Pass], context: PassContext, verdict: Verdict) -> bool:
+    """Whether the small program leads to the same pass; `context` has no calibration yet."""
+    own = replace(context, max_model_len=program.spec.max_context)
     try:
-        return bisect_passes(program, passes, context).pass_name == verdict.pass_name
+        with probe_calibration(own, program.spec) as known:
+            return bisect_passes(program, passes, known).pass_name == verdict.pass_name
     except LlmcError:
         return False
 

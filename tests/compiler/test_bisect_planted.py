@@ -1,4 +1,5 @@
-"""Ten bugs planted in passes, one at a time: bisection names each pass, and the node it spoilt."""
+"""Ten bugs planted in passes, and more inside of solvers, one at a time: bisection names the pass and the
+node it spoilt."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ import torch
 
 from llmc.compiler.bind import bind_checkpoint
 from llmc.compiler.bisect import bisect_passes
+from llmc.compiler.bisect_data import probe_calibration
 from llmc.compiler.bisect_model import bisect_model
 from llmc.compiler.checkpoint import open_checkpoint
 from llmc.compiler.trace import trace_config
 from llmc.ir.weights import Constant
 from llmc.passes.base import PassContext
 from llmc.passes.graph import argument, calls, set_argument
+from llmc.passes.quantize import solve
 from llmc.passes.recipes import override, preset_recipe
 from llmc.spec.errors import UsageError
 
@@ -151,6 +154,54 @@ def test_a_planted_bug_is_named(traced, monkeypatch, name, spoil):
     assert verdict.pass_name == name
     assert verdict.suspect is not None
     assert verdict.suspect.node == nodes[0]
+
+
+def spoil_solver(monkeypatch, change):
+    """Let the solver of calibrated linears give the second weight of layer 1 other scales, by `change`."""
+    sound, spoilt = solve.solve_linears, "model.layers.1.self_attn.o_proj.weight"
+
+    def solve_linears(*arguments):
+        results = sound(*arguments)
+        if spoilt in results:
+            tensor = results[spoilt].tensor
+            scales = change(tensor.scales).contiguous()
+            results[spoilt] = results[spoilt]._replace(tensor=tensor._replace(scales=scales))
+        return results
+
+    monkeypatch.setattr(solve, "solve_linears", solve_linears)
+    return spoilt
+
+
+SOLVER_BUGS = {
+    "transposed_scale": lambda scales: scales.T.reshape(scales.shape),
+    "off_by_one_group": lambda scales: scales.roll(1, 1),
+    "off_by_one_row": lambda scales: scales.roll(1, 0),
+}
+
+
+@pytest.mark.parametrize("name", SOLVER_BUGS)
+def test_a_bug_inside_of_a_solver_is_named(traced, monkeypatch, name):
+    weight = spoil_solver(monkeypatch, SOLVER_BUGS[name])
+    with probe_calibration(PassContext(), traced.spec) as context:
+        verdict = bisect_passes(traced, preset_recipe("int4").passes, context)
+    assert verdict.pass_name == "gptq"
+    node = next(node for node in verdict.after.graph.nodes if node.name == verdict.suspect.node)
+    assert argument(node, "codes").target == f"{weight}.codes"
+    assert verdict.suspect.layer == "layers.1"
+
+
+@pytest.mark.parametrize("preset", ["int4", pytest.param("int4-max", marks=pytest.mark.slow)])
+def test_a_sound_solver_is_clean(traced, preset):
+    with probe_calibration(PassContext(), traced.spec) as context:
+        verdict = bisect_passes(traced, preset_recipe(preset).passes, context)
+    assert verdict.is_clean
+
+
+def test_the_reproducer_of_a_solvers_bug_solves_again(stories_1m, tmp_path, monkeypatch):
+    spoil_solver(monkeypatch, SOLVER_BUGS["off_by_one_group"])
+    found = bisect_model(stories_1m, quant="int4", output=tmp_path / "bug")
+    assert found.verdict.pass_name == "gptq"
+    assert found.reproducer.reproduces
 
 
 def test_a_sound_pipeline_is_clean_in_few_runs(traced):
