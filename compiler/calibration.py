@@ -18,7 +18,8 @@ from ..spec.model import ModelSpec
 from .calibration_text import built_in_documents
 
 _SEQUENCE_TOKENS = 512
-_MOST_SEQUENCES = 64
+# Small models are through with more in no time, and learn from them.
+_MOST_SEQUENCES, _MOST_FOR_SMALL, _SMALL_PARAMETERS = 64, 256, 32 << 20
 _FEWEST_TOKENS = 512
 # After these an interrupted compile can go on where it stopped, so what it found so far is kept.
 _RESUMABLE = frozenset({"target.disk_full", "target.disk_space"})
@@ -136,7 +137,8 @@ def _cut(
 ) -> tuple[tuple[int, ...], ...]:
     """Sequences of `length` tokens, as many as are wanted; the last may be shorter."""
     tokens: list[int] = []
-    wanted = _MOST_SEQUENCES * length
+    small = spec.num_parameters <= _SMALL_PARAMETERS
+    wanted = (_MOST_FOR_SMALL if small else _MOST_SEQUENCES) * length
     for document in documents:
         ids = tokenizer.encode(document.text, add_special_tokens=not document.formatted)
         end = tokenizer.eos_token_ids[:1] if not document.formatted else ()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -38,3 +38,13 @@ class Calibration:
     def cache_key(self) -> str:
         """What results depend on: the tokens, not where they came from or where results are kept."""
         return hashlib.sha256(repr(self.sequences).encode()).hexdigest()
+
+
+def first_tokens(calibration: Calibration, num_tokens: int) -> Calibration:
+    """`calibration` with as many whole sequences from the start as it takes to have `num_tokens`, or all."""
+    found: list[tuple[int, ...]] = []
+    for sequence in calibration.sequences:
+        if found and sum(map(len, found)) >= num_tokens:
+            break
+        found.append(sequence)
+    return replace(calibration, sequences=tuple(found))

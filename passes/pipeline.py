@@ -56,10 +56,28 @@ def round_searched(bits: int, group_size: int) -> tuple[Pass, ...]:
 
 
 def round_calibrated(
-    bits: int, group_size: int, *, symmetric: bool = True, rounds: int = 2
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool = True,
+    rounds: int = 2,
+    epochs: int = 2,
+    work: float = 4.0,
 ) -> tuple[Pass, ...]:
-    """The same by what calibration tokens bring to each layer."""
-    return (Gptq(bits=bits, group_size=group_size, symmetric=symmetric, rounds=rounds, expect=1),)
+    """The same by what calibration tokens bring to each layer, then, where `work` allows, by the logits."""
+    return (
+        # outliers of inputs are moved out of the way where there are any
+        Awq(bits=bits, group_size=group_size, symmetric=symmetric),
+        Gptq(
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            rounds=rounds,
+            epochs=epochs,
+            work=work,
+            expect=1,
+        ),
+    )
 
 
 def round_within(budget: float) -> tuple[Pass, ...]:
@@ -97,8 +115,8 @@ def plan() -> tuple[Pass, ...]:
 
 
 def _quantisers() -> tuple[Pass, ...]:
-    integers = (*round_nearest(4, 32), *round_searched(4, 32), *round_calibrated(4, 32))
-    return (Rotate(), Smooth(), Awq(), *integers, *round_within(4.5), *round_to_fp8(), RoundInputs())
+    integers = (Awq(), *round_nearest(4, 32), *round_searched(4, 32), Gptq())
+    return (Rotate(), Smooth(), *integers, *round_within(4.5), *round_to_fp8(), RoundInputs())
 
 
 # Every pass of llmc, in the order above.

@@ -12,7 +12,8 @@ import torch
 
 
 class Operator:
-    """A registered operator; calling it goes through torch, so that fakes and tracing see it."""
+    """A registered operator; calling it goes through torch, so that fakes and tracing see it. `function` is
+    what was decorated: plain torch, which gradients flow through where nothing is changed in place."""
 
     def __init__(self, name: str, function: Callable[..., Any], mutates_args: Iterable[str]) -> None:
         self._name = name
@@ -20,12 +21,13 @@ class Operator:
         torch.library.define(name, schema)
         torch.library.impl(name, "CompositeExplicitAutograd", func=function)
         self.__doc__ = function.__doc__
+        self.function = function
         namespace, short = name.split("::")
-        self._overload: Callable[..., Any] = getattr(getattr(torch.ops, namespace), short).default
+        self.overload: Callable[..., Any] = getattr(getattr(torch.ops, namespace), short).default
 
     def __call__(self, *args: Any) -> Any:
         """Run it."""
-        return self._overload(*args)
+        return self.overload(*args)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Say what shapes and dtypes come out, without computing."""

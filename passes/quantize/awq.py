@@ -31,7 +31,7 @@ from ..base import (
     expect_option,
     option,
 )
-from ..calibration import Calibration
+from ..calibration import Calibration, first_tokens
 from .finite import finite_weight
 from .needs import require_calibration
 from .salience import search_salience
@@ -55,6 +55,15 @@ class Awq:
     bits: int = option(4, "Bits that the weights are to be rounded to.", choices=(3, 4, 8))
     group_size: int = option(128, "Group size that they are to be rounded in.", choices=(0, 32, 64, 128))
     symmetric: bool = option(True, "Whether they are to be rounded around zero.")
+    least_gain: float = option(
+        0.1,
+        "Part of the error that scaling must save to be done; less is saved by what rounds as well.",
+        low=0,
+        high=1,
+    )
+    tokens: int = option(
+        4096, "Calibration tokens to see how large inputs are, whole sequences at least.", low=32
+    )
     steps: int = option(20, "Steps of the grid over the exponent.", low=1, high=100)
     expect: int = expect_option()
 
@@ -66,7 +75,7 @@ class Awq:
             return PassResult(program=program, report=PassReport(matches=len(sites), misses=tuple(misses)))
         why = "It scales inputs by how large they are, and the compile was given no tokens."
         fix = "Give the pass context a Calibration, or leave the pass out."
-        calibration = require_calibration(self.name, context, why, fix)
+        calibration = first_tokens(require_calibration(self.name, context, why, fix), self.tokens)
         copied = program.replace(graph=graph)
         powers = _powers(copied, [site.value for site in sites], calibration)
         scheme = QuantScheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
@@ -75,14 +84,12 @@ class Awq:
         for site in sites:
             weights = [finite_weight(program, name) for name in site.readers]
             found = search_salience(weights, powers[site.value], scheme, steps=self.steps)
-            if found.exponent:
+            scaled = found.error < (1 - self.least_gain) * found.plain_error
+            if scaled:
                 fold_factors(program, site, found.scales, changed)
+            choice = f"exponent {found.exponent:g}" if scaled else "not scaled"
             reason = f"relative error {found.error:.3g}, without {found.plain_error:.3g}"
-            decisions.append(
-                Decision(
-                    subject=", ".join(site.readers), choice=f"exponent {found.exponent:g}", reason=reason
-                )
-            )
+            decisions.append(Decision(subject=", ".join(site.readers), choice=choice, reason=reason))
         done = copied.replace(weights=program.weights.with_entries(changed))
         report = PassReport(matches=len(sites), decisions=tuple(decisions), misses=tuple(misses))
         return PassResult(program=done, report=report)

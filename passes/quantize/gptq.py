@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from ...ir.program import Program
 from ..base import CANONICAL, QUANTIZED, Contract, Lossy, PassContext, PassResult, Stage, option
-from .rounding import Method
+from .rounding import Method, Tuning
 from .selection import WeightOptions
 from .solving import run_solver
 
@@ -40,7 +40,21 @@ class Gptq(WeightOptions):
         high=1,
     )
 
+    epochs: int = option(
+        0, "Times that all tokens are gone through to learn codes and scales from the logits.", low=0, high=50
+    )
+
+    work: float = option(
+        20.0,
+        "Most multiply-adds that learning may take, in million millions; larger models get fewer epochs.",
+        low=0,
+        high=1e6,
+    )
+
     def run(self, program: Program, context: PassContext) -> PassResult:
         """One match per weight; a decision for each says its scheme, or why it is kept."""
-        method = Method(search=self.search, propagate=True, rounds=self.rounds, catch_up=self.catch_up)
+        tuning = Tuning(epochs=self.epochs, work=self.work) if self.epochs else None
+        method = Method(
+            search=self.search, propagate=True, rounds=self.rounds, catch_up=self.catch_up, tuning=tuning
+        )
         return run_solver(self, program, context, method, data=True)

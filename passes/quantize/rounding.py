@@ -24,15 +24,30 @@ _BAND_WEIGHTS = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Codes and scales learnt from the model's logits: at most how often all tokens are gone through, and how
+    many million million multiply-adds that may take."""
+
+    epochs: int
+    work: float
+
+    def affordable(self, num_parameters: int, num_tokens: int) -> int:
+        """Epochs within that: each token costs four products with each weight."""
+        return min(self.epochs, int(self.work * 1e12 / (4 * num_parameters * max(1, num_tokens))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """How codes are found: on searched scales or those of rounding to nearest, with errors propagated or
     not, and with how many rounds of descent afterwards. All but the search need second moments. `catch_up`
-    is the part of the drift of a layer's inputs that its weights make up for."""
+    is the part of the drift of a layer's inputs that its weights make up for. `tuning` is what follows once
+    all weights have codes."""
 
     search: bool = True
     propagate: bool = False
     rounds: int = 0
     catch_up: float = 0.0
+    tuning: Tuning | None = None
 
 
 class Rounded(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ def solve_with_data(
             results = solver.finish(
                 segment.index, lambda segment=segment: solver.by_data(Streams(now, before), segment)
             )
-            now.advance(segment, {name: solver.values(name, result) for name, result in results.items()})
+            now.advance(segment, solver.values(results))
             if before is not None:
                 before.advance(segment, {})
     finally:
@@ -87,7 +88,7 @@ class _Solver:
         self._method = method
         self._calibration = calibration
         self.chosen = [name for name, choice in choices.items() if choice.scheme is not None]
-        key = fingerprint(program, method, dict(choices), calibration.cache_key())
+        key = fingerprint(program, replace(method, tuning=None), dict(choices), calibration.cache_key())
         self._folder = SolvedFolder(calibration.folder / key)
         self._parts: dict[str, dict[str, Expr]] = {}
         self._results: dict[str, Result] = {}
@@ -142,20 +143,26 @@ class _Solver:
             found |= solve_linears(self._program, streams, linears, self._choices, self._method)
         return found
 
-    def values(self, name: str, result: Result) -> Tensor:
-        """What the codes of a weight stand for, in float32; a table in its own dtype."""
-        expr, choice = self._program.weights[name], self._choices[name]
-        dtype = expr.dtype if choice.role in _TABLE_ROLES else torch.float32
-        codes, scales, zeros = result.tensor
-        rows = (codes.flatten(0, -2), scales.flatten(0, -2), None if zeros is None else zeros.flatten(0, -2))
-        values = dequantize_rows(*rows, scheme_of(choice), expr.shape[-1], dtype)
-        return values.reshape(expr.shape)
+    def values(self, results: Mapping[str, Result]) -> dict[str, Tensor]:
+        """What the codes of results stand for."""
+        return {
+            name: coded_values(self._program.weights[name], self._choices[name], result.tensor)
+            for name, result in results.items()
+        }
 
     def solutions(self) -> Solutions:
         """Everything found."""
         results = self._results.items()
         notes = {name: result.note for name, result in results if result.note}
         return Solutions(self._parts, tuple(result.error for _, result in results), notes)
+
+
+def coded_values(expr: Expr, choice: Choice, tensor: QTensor) -> Tensor:
+    """What the codes of a weight stand for, in float32; a table in its own dtype."""
+    dtype = expr.dtype if choice.role in _TABLE_ROLES else torch.float32
+    codes, scales, zeros = tensor
+    rows = (codes.flatten(0, -2), scales.flatten(0, -2), None if zeros is None else zeros.flatten(0, -2))
+    return dequantize_rows(*rows, scheme_of(choice), expr.shape[-1], dtype).reshape(expr.shape)
 
 
 def weight_names(site: fx.Node) -> list[str]:

@@ -13,6 +13,7 @@ from .replace import parts_of
 from .rounding import Method
 from .selection import Choice, WeightOptions, decisions_on, misses_of, replace_weights
 from .solve import solve_with_data, solve_without_data
+from .tuned import tuned_parts
 
 
 def run_solver(
@@ -52,9 +53,14 @@ def run_choices(
         return solutions.parts[weight]
 
     done = replace_weights(program, graph, choices, parts)
+    decisions = decisions_on(choices, solutions.notes)
+    if method.tuning is not None:
+        tuned = tuned_parts(program, choices, solutions, method, calibration, context.seed)
+        done = done.replace(weights=done.weights.with_entries(tuned.parts))
+        decisions = (*decisions, tuned.decision)
     report = PassReport(
         matches=matches,
-        decisions=decisions_on(choices, solutions.notes),
+        decisions=decisions,
         misses=misses,
         errors=solutions.errors,
     )

@@ -112,9 +112,12 @@ def run_nodes(
     inputs: Mapping[str, Tensor],
     weight: Callable[[str], Tensor],
     faster: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
+    *,
+    gradients: bool = False,
 ) -> dict[fx.Node, Any]:
     """The values of `nodes` in float32, with those of `known`; tables of positions are computed where they
-    are read. `faster` has functions to call in place of operators."""
+    are read. `faster` has functions to call in place of operators. With `gradients` those of weights are
+    kept track of."""
     values = dict(known)
 
     def value(node: fx.Node) -> Any:
@@ -132,23 +135,23 @@ def run_nodes(
             return faster[node.target](*args, **kwargs)
         if node.target is LINEAR:
             return F.linear(*args, **kwargs)
-        if node.target is ATTENTION and _is_plain(args):
-            return _plain_attention(*args[:4], scale=args[7])
+        if node.target is ATTENTION and is_plain(args):
+            return plain_attention(*args[:4], scale=args[7])
         assert callable(node.target)
         return node.target(*args, **kwargs)
 
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         for node in nodes:
             value(node)
     return values
 
 
-def _is_plain(args: Sequence[Any]) -> bool:
+def is_plain(args: Sequence[Any]) -> bool:
     """Whether an attention has neither sinks nor window, soft cap or chunks."""
     return len(args) == 11 and args[4] is None and not any(args[8:])
 
 
-def _plain_attention(q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, positions: Tensor, scale: float) -> Tensor:
+def plain_attention(q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, positions: Tensor, scale: float) -> Tensor:
     """Causal attention by torch's own kernel, sequence by sequence."""
     starts = (positions == 0).nonzero()[:, 0].tolist()
     parts: list[Tensor] = []
