@@ -3,6 +3,7 @@ taken, and which input differs from another artifact's."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
@@ -67,6 +68,12 @@ def changes(manifest: Manifest, other: Manifest) -> tuple[Change, ...]:
         for name in names
         if pairs[0].get(name) != pairs[1].get(name)
     )
+
+
+def inputs_key(manifest: Manifest) -> str:
+    """One digest of every input that `changes` compares: equal for artifacts made of the same things."""
+    text = "\n".join(f"{name}={value}" for name, value in sorted(_inputs(manifest).items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _inputs(manifest: Manifest) -> dict[str, str]:

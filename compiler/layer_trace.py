@@ -17,6 +17,8 @@ from ..passes.probe import logits_of
 from ..runtime.config import RuntimeConfig
 from ..runtime.executors.registry import open_executor
 from ..runtime.oracle import measure_prompts
+from ..spec.errors import ArtifactError, TargetError
+from .code_trace import CodeTrace, trace_code
 from .compare.quality import stored_program
 from .node_values import NodeRun, relative_error, run_nodes
 from .oracle import tolerance_of
@@ -27,7 +29,8 @@ _HEAD = "logits"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerLine:
-    """One layer's attention output (or the logits): statistics, and the relative error to the reference."""
+    """One layer's attention output (or the logits): statistics, the relative error to the reference, and that
+    of the target's code to the program where it was traced."""
 
     layer: str
     node: str
@@ -36,13 +39,15 @@ class LayerLine:
     largest: float
     error: float
     exceeds: bool
+    code_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTrace:
     """All layers in order. `code_error` is the largest difference, in nats, of a token's logprob between the
     target's code and the program it was generated from; beyond `code_bound` the code is to blame, where
-    lines exceed `bound` the passes are."""
+    lines exceed `bound` the passes are. `code` is the code node by node, of a target whose code can be
+    traced; None elsewhere, and `code_note` says why where it should have been."""
 
     executor: str
     reference: str
@@ -50,6 +55,8 @@ class LayerTrace:
     lines: tuple[LayerLine, ...]
     code_error: float
     code_bound: float
+    code: CodeTrace | None = None
+    code_note: str = ""
 
     @property
     def first(self) -> LayerLine | None:
@@ -67,20 +74,27 @@ class LayerTrace:
             )
         else:
             parts.append(f"Every layer is within {self.bound:g} of {self.reference}.")
-        if self.code_error > self.code_bound:
-            parts.append(
-                f"The {self.executor} code differs from the program by {self.code_error:.2g} nats "
-                f"({self.code_bound:g} allowed): a kernel is to blame."
-            )
-        else:
-            parts.append(
-                f"The {self.executor} code says what the program says, to {self.code_error:.2g} nats."
-            )
+        differs = self.code_error > self.code_bound
+        agreed = f"({self.code_bound:g} allowed)" if differs else "at most"
+        parts.append(
+            f"Token for token the {self.executor} code {'leaves' if differs else 'follows'} the program, by "
+            f"{self.code_error:.2g} nats {agreed}{': a kernel is to blame' if differs else ''}."
+        )
+        if self.code is not None:
+            parts.append(self.code.sentence())
+        if self.code_note:
+            parts.append(self.code_note)
         return " ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `llmc inspect --trace --json` prints."""
-        return {**asdict(self), "verdict": self.verdict()}
+        first = self.code.first if self.code is not None else None
+        return {
+            **asdict(self),
+            "verdict": self.verdict(),
+            "first": None if self.first is None else self.first.layer,
+            "first_code_node": None if first is None else first.node,
+        }
 
 
 def trace_layers(
@@ -95,8 +109,9 @@ def trace_layers(
     the target's own code on `prompts` (token ids)."""
     program = stored_program(artifact)
     own, expected = run_nodes(program, prompts), run_nodes(reference, prompts)
+    code, note = _traced_code(artifact, program, own, prompts)
     lines = [
-        _line(f"layer {index}", node.name, rows, other, bound)
+        _line(f"layer {index}", node.name, rows, other, bound, code)
         for index, (node, rows, other) in enumerate(
             zip(
                 _attention_nodes(program),
@@ -106,7 +121,7 @@ def trace_layers(
             )
         )
     ]
-    lines.append(_line(_HEAD, "output", own.logits, expected.logits, bound))
+    lines.append(_line(_HEAD, "output", own.logits, expected.logits, bound, code))
     assert program.cache is not None
     return LayerTrace(
         executor=artifact.manifest.target.name,
@@ -115,7 +130,21 @@ def trace_layers(
         lines=tuple(lines),
         code_error=_code_error(artifact, program, prompts),
         code_bound=tolerance_of(program.spec, program.cache),
+        code=code,
+        code_note=note,
     )
+
+
+def _traced_code(
+    artifact: Artifact, program: Program, own: NodeRun, prompts: Sequence[tuple[int, ...]]
+) -> tuple[CodeTrace | None, str]:
+    """The target's code node by node, where it can be built again here, and why not where it cannot."""
+    if artifact.manifest.target.kind != "cpu":
+        return None, ""
+    try:
+        return trace_code(artifact, program, own, prompts), ""
+    except (TargetError, ArtifactError) as error:
+        return None, f"Its nodes were not traced: {error.what} {error.why} {error.fix}"
 
 
 def _attention_nodes(program: Program) -> list[fx.Node]:
@@ -130,7 +159,9 @@ def _outputs(program: Program, run: NodeRun) -> list[Tensor]:
     return [run.rows[node.name] for node in _attention_nodes(program)]
 
 
-def _line(layer: str, node: str, rows: Tensor, other: Tensor, bound: float) -> LayerLine:
+def _line(
+    layer: str, node: str, rows: Tensor, other: Tensor, bound: float, code: CodeTrace | None
+) -> LayerLine:
     error = relative_error(other, rows)
     values = rows.double()
     return LayerLine(
@@ -141,6 +172,7 @@ def _line(layer: str, node: str, rows: Tensor, other: Tensor, bound: float) -> L
         largest=float(values.abs().max()),
         error=error,
         exceeds=not error <= bound,
+        code_error=None if code is None else code.error_at(node),
     )
 
 

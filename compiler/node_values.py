@@ -17,6 +17,8 @@ from ..ir.program import Program
 from ..passes.base import PAGED
 
 _NUM_STEPS = 3
+# What families call the list of their layers.
+_LISTS = ("layers", "h", "blocks")
 Weights = Callable[[str], Tensor]
 
 
@@ -127,8 +129,8 @@ def layer_of(node: fx.Node) -> str:
         seen.add(current)
         name = str(current.target) if current.op == "get_attr" else str(current.meta.get("module", ""))
         parts = name.split(".")
-        if "layers" in parts[:-1]:
-            index = parts.index("layers")
+        index = next((place for place, part in enumerate(parts[:-1]) if part in _LISTS), None)
+        if index is not None and parts[index + 1].isdigit():
             return ".".join(parts[index : index + 2])
         left.extend(current.all_input_nodes)
     return ""

@@ -156,14 +156,21 @@ def test_inspect_tells_what_is_inside(artifact, stories_1m):
     assert found["spec"]["family"] == "llama"
     assert found["recipe"]["name"] == "int4-fast"
     assert any(entry["name"] == "scale_search" for entry in found["history"])
-    assert "llmc.paged_attention" in run("inspect", artifact, "--graph").output
+    assert "llmc.paged_attention" in run("inspect", artifact, "--program").output
     explained = run("inspect", artifact, "--pass", "scale_search").output
     assert "int4_g32" in explained
     missing = run("inspect", artifact, "--pass", "rtm")
     assert missing.exit_code == 2
     assert "scale_search" in missing.stderr
     fit = answer("inspect", artifact, "--fit", "--memory", "1G", "--context", 100)
-    assert fit["requests"] == fit["cache_tokens"] // 100 > 0
+    page = found["cache"]["groups"][0]["page_tokens"]
+    assert fit["request_bytes"] == -(-100 // page) * page * fit["cache_bytes_per_token"]
+    beside = fit["needed_bytes"] - fit["request_bytes"]
+    assert fit["requests"] == (2**30 - beside) // fit["request_bytes"] > 0
+    tight = answer("inspect", artifact, "--fit", "--memory", str(beside + 1))
+    assert tight["requests"] == 0
+    assert len(tight["ways"]) == 3
+    assert run("inspect", artifact, "--fit", "--context", 100_000).exit_code == 2
     model = answer("inspect", stories_1m)
     assert model["model_type"] == "llama"
     assert model["stored_dtypes"] == ["bfloat16"]

@@ -13,24 +13,8 @@ from llmc.artifact.reader import open_artifact
 from llmc.cli.main import main
 from llmc.compiler.compare.quality import portable_program
 from llmc.compiler.driver import compile_model
-from llmc.compiler.estimate import answer_fit
 from llmc.compiler.layer_trace import trace_layers
 from llmc.ir.weights import Constant
-from llmc.spec.errors import UsageError
-
-LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 
 
 @pytest.fixture(scope="module")
@@ -43,40 +27,6 @@ def artifacts(stories_1m, tmp_path_factory):
             stories_1m, output=made[name], quant="int8", target="reference", verify="off", **options
         )
     return made
-
-
-@pytest.fixture
-def config_only(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
-    return tmp_path
-
-
-def test_a_large_model_is_measured_by_one_layer(config_only):
-    found = answer_fit(config_only, memory_bytes=160 << 30, context=8192)
-    assert found.estimate.num_parameters == 70_553_706_496
-    assert found.estimate.weight_bytes == pytest.approx(2 * 70_553_706_496, rel=1e-6)
-    assert found.estimate.request_bytes(8192) == 8192 * 80 * 2 * 8 * 128 * 2
-    assert found.requests == (160 * 2**30 - found.estimate.weight_bytes) // found.estimate.request_bytes(8192)
-    assert found.ways == ()
-
-
-@pytest.mark.slow
-def test_what_does_not_fit_gets_three_ways_that_do(config_only):
-    found = answer_fit(config_only, memory_bytes=80 << 30, context=131072)
-    assert found.requests == 0
-    assert len(found.ways) == 3
-    assert any("--quant" in way for way in found.ways)
-    with pytest.raises(UsageError, match="200000 tokens was asked for"):
-        answer_fit(config_only, memory_bytes=80 << 30, context=200_000)
-
-
-def test_an_estimate_is_what_a_compile_finds(stories_7m):
-    found = answer_fit(stories_7m, memory_bytes=1 << 30, quant="int8")
-    dry = compile_model(stories_7m, quant="int8", target="reference", dry_run=True)
-    assert found.estimate.num_parameters == 7_344_384
-    assert found.estimate.weight_bytes == dry.fit.weight_bytes
-    assert found.estimate.activation_bytes == pytest.approx(dry.fit.activation_bytes, rel=0.01)
-    assert found.estimate.request_bytes(512) == 512 * dry.fit.cache_bytes_per_token
 
 
 def inspect(*arguments):
@@ -96,8 +46,46 @@ def test_reasons_count_fusions_and_choices(artifacts):
     assert next(entry for entry in told["choices"] if entry["name"] == "rtn")["counts"] == {"int8_g32": 9}
 
 
+def test_artifacts_of_the_same_inputs_have_one_key(artifacts):
+    keys = {name: json.loads(inspect(path, "--why", "--json").output) for name, path in artifacts.items()}
+    assert len({told["inputs_key"] for told in keys.values()}) == 2
+    told = json.loads(inspect(artifacts["one"], "--against", artifacts["two"], "--json").output)
+    assert told["inputs_keys"] == {f"{name}.llmc": found["inputs_key"] for name, found in keys.items()}
+
+
+def test_the_bytes_of_weights_are_all_accounted_for(artifacts):
+    told = json.loads(inspect(artifacts["one"], "--bytes", "--json").output)
+    parts = {share["part"]: share["size_bytes"] for share in told["weights"]}
+    artifact = open_artifact(artifacts["one"])
+    assert sum(parts.values()) == sum(view.data.nbytes for view in artifact.weights().values())
+    assert {"embed_tokens", "layers: mlp", "layers: self_attn"} <= set(parts)
+    assert told["memory"]["weight_bytes"] == artifact.manifest.memory.weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (("--why", "--graph"), "--graph and --why were asked at once"),
+        (("--quant", "int4"), "--quant was given without --fit"),
+        (("--prompt", "hello"), "--prompt was given without --trace"),
+        (("--fit", "--target", "cpu"), "--target was given for an artifact"),
+        (("--graph", "-o", "/nowhere/at/all.svg"), "cannot be written"),
+    ],
+)
+def test_questions_that_cannot_be_answered_together_are_refused(artifacts, arguments, fragment):
+    result = inspect(artifacts["one"], *arguments)
+    assert result.exit_code == 2
+    assert fragment in result.output
+
+
+def test_only_artifacts_are_explained(stories_1m):
+    result = inspect(stories_1m, "--why")
+    assert result.exit_code == 2
+    assert "--why was asked about" in result.output
+
+
 def test_the_picture_folds_layers_and_is_xml(artifacts, tmp_path):
-    assert inspect(artifacts["one"], "--svg", tmp_path / "p.svg").exit_code == 0
+    assert inspect(artifacts["one"], "--graph", "-o", tmp_path / "p.svg").exit_code == 0
     text = (tmp_path / "p.svg").read_text()
     xml.dom.minidom.parseString(text)
     assert "llmc.quantized_linear int8_g32" in text
