@@ -12,6 +12,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ... import __version__
+
 MICROSOFT = "com.microsoft"
 # The oldest that hold everything emitted here: attention, rotary embedding and RMS norm came with opset 23.
 OPSET = 23
@@ -150,6 +152,7 @@ class OnnxGraph:
             graph,
             ir_version=IR_VERSION,
             producer_name=PRODUCER,
+            producer_version=__version__,
             metadata_props=dict(sorted(metadata.items())),
         )
 

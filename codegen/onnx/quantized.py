@@ -19,12 +19,11 @@ _SMALLEST_INPUT = 1e-30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """A quantised matrix `[rows, width]` and its stored parts, of which it is the rows `of` (None: all)."""
+    """A quantised matrix `[rows, width]` and its stored parts."""
 
     parts: Parts
     rows: int
     width: int
-    of: range | None = None
 
     @property
     def bits(self) -> int:
@@ -44,11 +43,11 @@ class Matrix:
 
 def scales_of(emitter: Emitter, matrix: Matrix, columns: int) -> ir.Value:
     """Scales as float32 `[rows, columns]`."""
-    plain = emitter.stored.plain(emitter.graph, matrix.parts.scales, matrix.of)
+    plain = emitter.stored.plain(emitter.graph, matrix.parts.scales)
     if emitter.stored.shape(matrix.parts.scales)[-1] == columns:
         return plain
     return emitter.once(
-        ("scales", matrix.parts.scales, matrix.of, columns),
+        ("scales", matrix.parts.scales, columns),
         lambda: emitter.graph.op("Expand", plain, emitter.graph.ints(matrix.rows, columns)),
     )
 
@@ -63,7 +62,6 @@ def block_linear(
         matrix.parts.codes,
         dtype=ir.DataType.UINT8,
         shape=(matrix.rows, count, block * matrix.bits // 8),
-        rows=matrix.of,
     )
     return graph.op(
         "MatMulNBits", x, codes, scales_of(emitter, matrix, count), _block_zeros(emitter, matrix), None, bias,
@@ -75,7 +73,7 @@ def block_linear(
 def _block_zeros(emitter: Emitter, matrix: Matrix) -> ir.Value | None:
     if matrix.parts.zeros is None:
         return None
-    return emitter.stored.raw(emitter.graph, matrix.parts.zeros, rows=matrix.of)
+    return emitter.stored.raw(emitter.graph, matrix.parts.zeros)
 
 
 def block_rows(emitter: Emitter, ids: ir.Value, matrix: Matrix) -> ir.Value:

@@ -50,26 +50,19 @@ class StoredWeights:
         *,
         dtype: ir.DataType | None = None,
         shape: tuple[int, ...] | None = None,
-        rows: range | None = None,
     ) -> ir.Value:
-        """The stored bytes of `name`, or of some of its rows, as another dtype or shape of as many bytes
-        where given."""
-        expr, place = self.store[name], self.place(name)
-        known, whole = ONNX_DTYPES[expr.dtype], tuple(expr.shape)
-        dims = shape or (whole if rows is None else (len(rows), *whole[1:]))
-        as_is = (dtype or known) == known and dims == whole
+        """The stored bytes of `name`, as another dtype or shape of as many bytes where given."""
+        expr = self.store[name]
+        known = ONNX_DTYPES[expr.dtype]
+        dims = tuple(expr.shape) if shape is None else shape
+        as_is = (dtype or known) == known and dims == tuple(expr.shape)
         alias = name if as_is else f"{name}:{(dtype or known).name.lower()}{'x'.join(map(str, dims))}"
-        if rows is not None:
-            size = place.length // whole[0]
-            place = StoredTensor(place.path, place.offset + rows.start * size, len(rows) * size)
-            alias += f":{rows.start}"
-        return graph.weight(alias, dtype or known, dims, place)
+        return graph.weight(alias, dtype or known, dims, self.place(name))
 
-    def plain(self, graph: OnnxGraph, name: str, rows: range | None = None) -> ir.Value:
-        """`name`, or some of its rows, as float32, int64 or bool: narrower floats are widened by a node that
-        loading folds."""
+    def plain(self, graph: OnnxGraph, name: str) -> ir.Value:
+        """`name` as float32, int64 or bool: narrower floats are widened by a node that loading folds."""
         dtype = self.store[name].dtype
-        raw = self.raw(graph, name, rows=rows)
+        raw = self.raw(graph, name)
         if dtype in (torch.float32, torch.int64, torch.bool):
             return raw
         return graph.cached_cast(raw, FLOAT if dtype.is_floating_point else INT64)

@@ -14,7 +14,6 @@ from torch import fx
 from ....ir.arguments import argument, argument_names
 from ..emitter import DTYPES, Emitter, Lowered, Lowering
 from ..graph import BOOL, FLOAT, INT64, MICROSOFT
-from .products import block_product
 
 # ATen name -> ONNX operator of one argument.
 UNARY: dict[str, str] = {
@@ -224,21 +223,13 @@ def _gated(emitter: Emitter, node: fx.Node) -> ir.Value:
 
 
 def _gated_packed(emitter: Emitter, node: fx.Node) -> ir.Value:
-    """Gate and up of one product are computed apart where that takes no cutting of the weights: cutting the
-    product would copy it."""
     name: Any = node.args[1]
-    source: Any = node.args[0]
-    block = block_product(emitter, source)
 
-    def make(operands: tuple[ir.Value, ...]) -> ir.Value:
-        if block is None:
-            gate, up = emitter.graph.ops("Split", operands, 2, axis=-1, num_outputs=2)
-        else:
-            half, end = block.matrix.rows // 2, block.matrix.rows
-            gate, up = (block.columns(emitter, operands[0], part) for part in (range(half), range(half, end)))
+    def make(packed: tuple[ir.Value, ...]) -> ir.Value:
+        gate, up = emitter.graph.ops("Split", packed, 2, axis=-1, num_outputs=2)
         return emitter.graph.op("Mul", activation(emitter, gate, name), up)
 
-    return emitter.by_rows(node, node.args[:1] if block is None else source.args[:1], make)
+    return emitter.by_rows(node, node.args[:1], make)
 
 
 def _softcap(emitter: Emitter, node: fx.Node) -> ir.Value:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -35,59 +34,22 @@ def product(
     return emitter.reshape(out, emitter.shape_of(node))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockProduct:
-    """A quantised product that MatMulNBits computes, its input rounded as `accuracy` says."""
-
-    matrix: Matrix
-    bias: str | None
-    accuracy: int
-
-    def columns(self, emitter: Emitter, x: ir.Value, which: range) -> ir.Value:
-        """The columns `which` of the product with `x`, the weights' rows read where they lie."""
-        of = None if len(which) == self.matrix.rows else which
-        bias = None if self.bias is None else emitter.stored.plain(emitter.graph, self.bias, of)
-        return block_linear(emitter, x, replace(self.matrix, rows=len(which), of=of), bias, self.accuracy)
-
-
-def block_product(emitter: Emitter, node: fx.Node) -> BlockProduct | None:
-    """How MatMulNBits computes `node`; None where that is no such product, or its input is rounded as the
-    operator does not."""
-    if str(node.target) != "llmc.quantized_linear.default":
-        return None
-    matrix, activation = _matrix_of(node), _activation_of(emitter, node)
-    fits = emitter.contrib and matrix.block > 0 and (not activation or rounds_itself(activation, matrix))
-    bias = argument(node, "bias")
-    if not fits:
-        return None
-    return BlockProduct(
-        matrix=matrix, bias=None if bias is None else str(bias.target), accuracy=4 if activation else 1
-    )
-
-
 def _quantized_linear(emitter: Emitter, node: fx.Node) -> ir.Value:
-    block = block_product(emitter, node)
-    if block is not None:
-        every = range(block.matrix.rows)
-        return emitter.by_rows(node, node.args[:1], lambda rows: block.columns(emitter, rows[0], every))
-    matrix, bias = _matrix_of(node), emitter.optional(argument(node, "bias"))
+    source: Any = node.args[0]
+    matrix = _matrix(node, int(node.meta["val"].shape[-1]), int(source.meta["val"].shape[-1]))
+    bias = emitter.optional(argument(node, "bias"))
+    activation = str(argument(node, "activation")) or emitter.activations.get(matrix.parts.codes, "")
+    by_blocks = emitter.contrib and matrix.block > 0
+    if by_blocks and (not activation or rounds_itself(activation, matrix)):
+        accuracy = 4 if activation else 1
+        return emitter.by_rows(
+            node, node.args[:1], lambda rows: block_linear(emitter, rows[0], matrix, bias, accuracy)
+        )
     scale = emitter.optional(argument(node, "activation_scale"))
-    x = emitter.operand(node.args[0], FLOAT)
-    x = rounded(emitter, x, matrix.width, _activation_of(emitter, node), scale)
-    if emitter.contrib and matrix.block:
+    x = rounded(emitter, emitter.operand(source, FLOAT), matrix.width, activation, scale)
+    if by_blocks:
         return block_linear(emitter, x, matrix, bias, accuracy=1)
     return product(emitter, node, x, _dequantized(emitter, matrix), bias)
-
-
-def _activation_of(emitter: Emitter, node: fx.Node) -> str:
-    """How the input of a quantised product is rounded."""
-    codes: Any = argument(node, "codes")
-    return str(argument(node, "activation")) or emitter.activations.get(str(codes.target), "")
-
-
-def _matrix_of(node: fx.Node) -> Matrix:
-    source: Any = node.args[0]
-    return _matrix(node, int(node.meta["val"].shape[-1]), int(source.meta["val"].shape[-1]))
 
 
 def _matrix(node: fx.Node, rows: int, width: int) -> Matrix:

@@ -1,0 +1,78 @@
+"""What a decoded token costs beside matrix products: nodes of an ONNX graph that attention takes over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from llmc.codegen.onnx.graph import StoredTensor
+from llmc.codegen.onnx.lowered import Export, lower
+from llmc.codegen.onnx.stored import StoredWeights
+from llmc.passes.quantize.rtn import Rtn
+
+INT4 = Rtn(bits=4, group_size=32, head_bits=4)
+
+
+def graph_of(program, **options):
+    """The nodes of `program`'s graph, its weights nowhere."""
+    nowhere = {name: StoredTensor("weights", 0, 0) for name in program.weights}
+    return list(lower(program, StoredWeights(program.weights, nowhere), Export(**options), {}).graph)
+
+
+def attentions(nodes):
+    return [node for node in nodes if node.op_type == "GroupQueryAttention"]
+
+
+def in_layers(nodes):
+    """How often each operator is within layers."""
+    return Counter(node.op_type for node in nodes if "/layers/" in node.name)
+
+
+def test_a_layer_is_its_products_and_little_else(portable_program):
+    program = portable_program("qwen2-swa", INT4)
+    nodes = graph_of(program)
+    layers = len(program.spec.attention)
+    assert in_layers(nodes) == {
+        "MatMulNBits": 4 * layers, "GroupQueryAttention": layers, "Split": layers, "QuickGelu": layers,
+        "Mul": layers,
+        "SkipSimplifiedLayerNormalization": 2 * layers - 1, "RMSNormalization": 1,
+        # Behind the last product: its rows whose logits are wanted, and the last sum.
+        "Reshape": 1, "Gather": 1, "Add": 1,
+    }  # fmt: skip
+    for node in attentions(nodes):
+        assert node.inputs[0].producer().op_type == "MatMulNBits"
+        assert list(node.inputs[1:3]) == [None, None]
+        assert node.attributes["do_rotary"].as_int() == 1
+
+
+def test_normed_queries_and_keys_are_rotated_by_attention_and_not_packed(portable_program):
+    nodes = graph_of(portable_program("qwen3", INT4))
+    assert "RotaryEmbedding" not in {node.op_type for node in nodes}
+    for node in attentions(nodes):
+        assert None not in node.inputs[:3]
+        assert node.attributes["do_rotary"].as_int() == 1
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "cohere"])
+def test_a_rotation_that_attention_has_not_stays_an_operator(name, portable_program):
+    program = portable_program(name)
+    nodes = graph_of(program)
+    styles = {node.args[4] for node in program.graph.nodes if str(node.target) == "llmc.rope.default"}
+    if styles == {"interleaved"}:
+        assert {node.attributes["rotary_interleaved"].as_int() for node in attentions(nodes)} == {1}
+        assert "RotaryEmbedding" not in {node.op_type for node in nodes}
+    else:
+        assert "RotaryEmbedding" in {node.op_type for node in nodes}
+        assert not any("do_rotary" in node.attributes for node in attentions(nodes))
+
+
+def test_angles_of_a_very_long_context_are_computed_in_each_step(portable_program):
+    program = portable_program("llama", INT4)
+    longer = program.replace(spec=replace(program.spec, max_context=2**26))
+    nodes = graph_of(longer)
+    assert "RotaryEmbedding" in {node.op_type for node in nodes}
+    assert not any("do_rotary" in node.attributes for node in attentions(nodes))
+    # Packing needs queries and keys as the product gave them.
+    assert all(None not in node.inputs[:3] for node in attentions(nodes))
