@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ sys.path[:0] = [str(REPOSITORY / "bench")]
 from common import Record  # noqa: E402
 
 from llmc.artifact.reader import open_unchecked  # noqa: E402
-from llmc.compiler.compare.measure import Work, measure_sides, side_ratios  # noqa: E402
+from llmc.compiler.compare.measure import Work, measure_in_processes, side_ratios  # noqa: E402
 from llmc.compiler.compare.runner import WorkerRunner  # noqa: E402
 from llmc.compiler.compare.statistics import Ratio  # noqa: E402
 from llmc.compiler.driver import compile_model  # noqa: E402
@@ -35,7 +35,7 @@ WORKER = "llmc.compiler.compare.worker"
 MODEL = REPOSITORY / "models" / "stories-7m"
 RECIPES = ("none", "int8", "int4-fast", "int4")
 RUNS, RUN_S = 20, 3.0
-PLANTED_S, PLANTED_RUNS = 30.0, 3
+PLANTED_S, PLANTED_RUNS = 36.0, 3
 SLOWDOWN = 1.05
 
 
@@ -85,19 +85,18 @@ def _measured(
     tokenizer = Tokenizer.from_folder(open_unchecked(one).tokenizer_folder)
     prompts = tuple(tokenizer.encode(text) for text in PROBE_TEXTS[:3])
     work = Work(prompts=prompts, num_tokens=32, concurrency=4, rounds=5000, budget_s=budget_s)
-    with ExitStack() as stack:
-        runners: dict[str, WorkerRunner] = {}
-        for name, path, slowdown in zip(("one", "two"), (one, two), slowdowns, strict=True):
-            os.environ["LLMC_BENCH_SLOWDOWN"] = str(slowdown)
-            runner = WorkerRunner(path, num_threads=1, max_requests=4, module=module)
-            runners[name] = stack.enter_context(runner)
-        samples = measure_sides(
-            runners,
-            work,
-            rng=random.Random(seed),
-            clock=time.perf_counter,
-            watch=lambda done, total, what: None,
-        )
+
+    def opened(path: Path, slowdown: float) -> WorkerRunner:
+        os.environ["LLMC_BENCH_SLOWDOWN"] = str(slowdown)
+        return WorkerRunner(path, num_threads=1, max_requests=4, module=module)
+
+    samples = measure_in_processes(
+        {"one": partial(opened, one, slowdowns[0]), "two": partial(opened, two, slowdowns[1])},
+        work,
+        rng=random.Random(seed),
+        clock=time.perf_counter,
+        watch=lambda done, total, what: None,
+    )
     ratios = side_ratios(samples["two"], samples["one"], rng=random.Random(seed))
     intervals = {key: [round(r.low, 4), round(r.ratio, 4), round(r.high, 4)] for key, r in ratios.items()}
     seconds = round(time.monotonic() - started, 1)

@@ -7,8 +7,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ...runtime.tokenizer import Tokenizer
 from ...spec.errors import UsageError
 from ..ledger import Progress, Silent
 from ..quality import PROBE_TEXTS, Quality
-from .measure import Samples, Work, measure_sides, side_ratios
+from .measure import Samples, Work, measure_in_processes, side_ratios
 from .quality import Divergence, first_divergence, layer_errors, qualities, stored_program
 from .runner import Runner, WorkerRunner
 from .sides import Side, SideRequest, open_cache, open_sides
@@ -214,14 +214,13 @@ def _measured(
 ) -> dict[str, Samples]:
     progress.begin("measure")
     started = clock()
-    with ExitStack() as stack:
-        runners: dict[str, Runner] = {}
-        for side in sides:
-            runners[side.name] = make(side)
-            stack.callback(runners[side.name].close)
-        samples = measure_sides(
-            runners, work, rng=random.Random(request.seed), clock=clock, watch=progress.advance
-        )
+    samples = measure_in_processes(
+        {side.name: partial(make, side) for side in sides},
+        work,
+        rng=random.Random(request.seed),
+        clock=clock,
+        watch=progress.advance,
+    )
     progress.end("measure", clock() - started)
     return samples
 

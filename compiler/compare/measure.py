@@ -8,12 +8,16 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
 from .runner import Batch, Facts, Runner, Single
 from .statistics import Ratio, paired_ratio
 
+PROCESSES = 3
 _MIN_ROUNDS, _WARM_ROUNDS = 6, 1
+# The share of the budget that loading all sides may take for them to be loaded more than once.
+_LOADING = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +84,47 @@ def _round_ratios(own: Samples, base: Samples, time_of: Callable[[Single], float
         if known:
             ratios.append(statistics.median(known))
     return ratios
+
+
+def measure_in_processes(
+    open_runners: Mapping[str, Callable[[], Runner]],
+    work: Work,
+    *,
+    rng: random.Random,
+    clock: Callable[[], float],
+    watch: Callable[[int, int, str], None],
+) -> dict[str, Samples]:
+    """`measure_sides` in PROCESSES processes of each side one after the other, where the work does for it:
+    two processes of one artifact differ by where their memory lies, and no number of rounds averages
+    that out (Kalibera and Jones 2013). Once only where there are few rounds, or loading takes long.
+    """
+    merged: dict[str, Samples] = {}
+    done, total = 0, 1
+    while done < total:
+        with ExitStack() as stack:
+            runners: dict[str, Runner] = {}
+            for name, open_runner in open_runners.items():
+                runners[name] = open_runner()
+                stack.callback(runners[name].close)
+            if done == 0:
+                total = _num_processes([runner.facts() for runner in runners.values()], work)
+            share = replace(work, rounds=-(-work.rounds // total), budget_s=work.budget_s / total)
+            found = measure_sides(runners, share, rng=rng, clock=clock, watch=watch)
+        for name, samples in found.items():
+            merged[name] = samples if done == 0 else _joined(merged[name], samples)
+        done += 1
+    return merged
+
+
+def _num_processes(facts: Sequence[Facts], work: Work) -> int:
+    is_long = sum(fact.load_s for fact in facts) > _LOADING * work.budget_s
+    return 1 if is_long or work.rounds < PROCESSES * _MIN_ROUNDS else PROCESSES
+
+
+def _joined(one: Samples, two: Samples) -> Samples:
+    """Loading took what it took the first time; memory the most it ever was."""
+    facts = one.facts._replace(peak_bytes=max(one.facts.peak_bytes, two.facts.peak_bytes))
+    return Samples(facts=facts, singles=one.singles + two.singles, batches=one.batches + two.batches)
 
 
 def measure_sides(

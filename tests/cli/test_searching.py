@@ -84,14 +84,14 @@ def test_a_real_search_keeps_to_its_budget_is_interrupted_and_goes_on(stories_1m
     small = ["--rounds", "3", "--tokens", "8", "--concurrency", "2", "--threads", "1", "--json"]
     limits = ["--limit", "kl=0.5", "--limit", "size=1G"]
     command = [sys.executable, "-m", "llmc.cli", "compare", str(stories_1m), "--search", *limits]
-    command += ["--target", "reference", "--budget-minutes", "0.4", *small]
+    command += ["--target", "reference", "--budget-minutes", "0.75", *small]
     started = time.monotonic()
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["seconds"] <= 24 + MARGIN_S + 1
-    assert seconds <= 24 + MARGIN_S + 30, "imports and checks come before the budget"
+    assert found["seconds"] <= 45 + MARGIN_S + 1
+    assert seconds <= 45 + MARGIN_S + 30, "imports and checks come before the budget"
     states = {trial["name"]: trial["state"] for trial in found["trials"]}
     assert states["none"] == MEASURED
     assert "none" in found["front"]

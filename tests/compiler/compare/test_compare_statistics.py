@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from llmc.compiler.compare.measure import Work, measure_sides
+from llmc.compiler.compare.measure import PROCESSES, Work, measure_in_processes, measure_sides
 from llmc.compiler.compare.runner import Batch, Facts, Single
 from llmc.compiler.compare.statistics import paired_ratio, pareto
 
@@ -69,6 +69,43 @@ def test_five_percent_are_found_with_their_size(seed):
     faster = measured(seed, 0.01 / 1.05)["tpot_s"]
     assert faster.is_different
     assert faster.ratio == pytest.approx(1 / 1.05, abs=0.015)
+
+
+def opened_often(load_s, rounds):
+    """How often each side is opened and closed, and the rounds that came of it."""
+    world = {"rng": random.Random(0), "drift": 1.0}
+    events = []
+
+    class Counted(NoisyRunner):
+        def __init__(self):
+            super().__init__(world, 0.01)
+            events.append("open")
+
+        def facts(self):
+            return Facts(load_s, len(events), "noisy")
+
+        def close(self):
+            events.append("close")
+
+    work = Work(prompts=((1,),), num_tokens=8, concurrency=2, rounds=rounds, budget_s=10.0)
+    samples = measure_in_processes(
+        {"one": Counted, "two": Counted},
+        work,
+        rng=random.Random(0),
+        clock=lambda: 0.0,
+        watch=lambda *told: None,
+    )
+    assert events.count("open") == events.count("close")
+    return events.count("open") // 2, samples["one"]
+
+
+def test_sides_are_loaded_more_than_once_where_that_takes_little():
+    times, samples = opened_often(load_s=0.5, rounds=60)
+    assert times == PROCESSES
+    assert len(samples.singles) == len(samples.batches) == 60
+    assert samples.facts.peak_bytes > 4, "the most of all its processes"
+    assert opened_often(load_s=5.0, rounds=60)[0] == 1
+    assert opened_often(load_s=0.5, rounds=4)[0] == 1
 
 
 def test_one_round_tells_nothing_and_none_is_none():
