@@ -15,6 +15,8 @@ class _Parts:
     texts: list[str] = field(default_factory=list[str])
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    drafted_at: list[int] = field(default_factory=list[int])
+    accepted_at: list[int] = field(default_factory=list[int])
     first_s: float | None = None
     last_s: float = 0.0
     end: StreamChunk | None = None
@@ -42,6 +44,9 @@ class Collector:
         parts.texts.append(chunk.text)
         parts.token_ids.extend(chunk.token_ids)
         parts.logprobs.extend(chunk.logprobs)
+        if chunk.num_drafted:
+            _count(parts.drafted_at, chunk.num_drafted, chunk.num_drafted)
+            _count(parts.accepted_at, chunk.num_drafted, chunk.num_accepted)
         self._prompt_logprobs.extend(chunk.prompt_logprobs)
         if chunk.finish_reason is None:
             return False
@@ -77,4 +82,13 @@ def _completion(index: int, parts: _Parts) -> Completion:
         error=end.error,
         ttft_s=parts.first_s,
         e2e_s=parts.last_s,
+        drafted_at=tuple(parts.drafted_at),
+        accepted_at=tuple(parts.accepted_at),
     )
+
+
+def _count(places: list[int], num_places: int, num_counted: int) -> None:
+    """One more at each of the first `num_counted` of `num_places` places."""
+    places.extend([0] * (num_places - len(places)))
+    for place in range(num_counted):
+        places[place] += 1

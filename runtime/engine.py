@@ -305,7 +305,7 @@ class Engine:
         self.blocks.commit(request.blocks, request.token_ids, request.num_computed)
         prompt_logprobs = self._prompt_logprobs(chunk, row) if row.prompt_logprobs else ()
         if reason is not None:
-            self._end(request, reason, None, token_ids, row, prompt_logprobs)
+            self._end(request, reason, None, token_ids, row, prompt_logprobs, len(draft_ids))
         elif token_ids or prompt_logprobs:
             self._outputs.append(
                 RequestOutput(
@@ -314,6 +314,8 @@ class Engine:
                     logprobs=row.logprobs,
                     prompt_logprobs=prompt_logprobs,
                     num_cached_tokens=request.num_cached_tokens,
+                    num_drafted=len(draft_ids),
+                    num_accepted=row.num_accepted,
                     admitted_s=request.admitted_s,
                 )
             )
@@ -383,6 +385,7 @@ class Engine:
         token_ids: tuple[int, ...] = (),
         row: RowResult | None = None,
         prompt_logprobs: tuple[TokenLogprob, ...] = (),
+        num_drafted: int = 0,
     ) -> None:
         """The one place where a request ends."""
         finished = finish(entry, reason, error)
@@ -402,6 +405,8 @@ class Engine:
                 logprobs=row.logprobs[: len(token_ids)] if row is not None else (),
                 prompt_logprobs=prompt_logprobs,
                 num_cached_tokens=entry.num_cached_tokens,
+                num_drafted=num_drafted,
+                num_accepted=row.num_accepted if row is not None else 0,
                 admitted_s=entry.admitted_s,
                 finished=finished,
             )

@@ -13,8 +13,9 @@ class StreamChunk:
     """News of completion number `index` of one request. Text may come later than its tokens, never before.
     `stop_reason` is the stop string or token id that ended it; `error` is one line for reason ERROR.
     `num_cached_tokens` of the prompt came from the prefix cache; `time_s` is the engine's clock, and so is
-    `admitted_s`, when it left the queue for the first time. `is_replayed`: it comes from the response cache,
-    and all of the prompt counts as cached."""
+    `admitted_s`, when it left the queue for the first time. Of `num_drafted` drafts that were verified for it
+    the first `num_accepted` were accepted. `is_replayed`: it comes from the response cache, and all of the
+    prompt counts as cached."""
 
     request_id: str
     index: int = 0
@@ -26,6 +27,8 @@ class StreamChunk:
     stop_reason: str | int | None = None
     error: str | None = None
     num_cached_tokens: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     admitted_s: float | None = None
     time_s: float = 0.0
     is_replayed: bool = False
@@ -33,7 +36,8 @@ class StreamChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One finished continuation. `token_ids` include a stop token; `text` does not."""
+    """One finished continuation. `token_ids` include a stop token; `text` does not. `drafted_at[i]` counts
+    the drafts at place i that were verified, `accepted_at[i]` those of them that were accepted."""
 
     index: int
     token_ids: tuple[int, ...]
@@ -44,6 +48,8 @@ class Completion:
     error: str | None = None
     ttft_s: float | None = None
     e2e_s: float = 0.0
+    drafted_at: tuple[int, ...] = ()
+    accepted_at: tuple[int, ...] = ()
 
     @property
     def tpot_s(self) -> float | None:

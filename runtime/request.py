@@ -143,13 +143,16 @@ class FinishedRequest:
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """What one engine step has for one request: new tokens, and the ending when it came. `admitted_s` is
-    when it first left the queue."""
+    when it first left the queue. Of `num_drafted` drafts verified in the step the first `num_accepted` were
+    accepted."""
 
     request_id: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     admitted_s: float | None = None
     finished: FinishedRequest | None = None
 

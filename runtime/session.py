@@ -128,6 +128,8 @@ class Session:
                 stop_reason=stop_reason,
                 error=finished.error if finished is not None else None,
                 num_cached_tokens=output.num_cached_tokens,
+                num_drafted=output.num_drafted,
+                num_accepted=output.num_accepted,
                 admitted_s=output.admitted_s,
                 time_s=self._clock(),
             )

@@ -16,9 +16,9 @@ from .speculation import Speculator
 
 # Enough points for the steps of tiled kernels to show; beyond the largest, lines go on.
 COUNTS = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-# A curve is measured for no longer than this; what is left out continues the line.
+# A curve is measured for about so long; what is left out continues the line.
 BUDGET_S = 0.12
-REPEATS = 4
+REPEATS = 5
 _PROMPT_TOKENS = 4
 Clock = Callable[[], float]
 
@@ -30,7 +30,21 @@ def measure_costs(
     `executor` as it found them."""
     bench = _Bench(executor, config, clock)
     decode, draft = bench.decode_and_draft()
-    return SpeculationCosts(decode=decode, verify=bench.verify(), draft=draft)
+    verify = bench.verify()
+    if decode and verify:  # a decoding request and a verified token are the same step
+        decode[1] = verify[1] = min(decode[1], verify[1])
+    return SpeculationCosts(decode=_rising(decode), verify=_rising(verify), draft=_rising(draft))
+
+
+def _rising(seconds: dict[int, float]) -> Curve:
+    """The curve through `seconds` by count. More work never takes less time: what took longer than some
+    larger count was disturbed, and counts as that."""
+    points: list[tuple[int, float]] = []
+    least = float("inf")
+    for count in sorted(seconds, reverse=True):
+        least = min(least, seconds[count])
+        points.append((count, least))
+    return Curve(tuple(reversed(points)))
 
 
 class _Fixed:
@@ -57,49 +71,58 @@ class _Bench:
         self._config = replace(config, speculation="none", prefix_cache=False)
         self._clock = clock
 
-    def decode_and_draft(self) -> tuple[Curve, Curve]:
-        """Steps of so many requests with a token each; and one drafted token of theirs."""
+    def decode_and_draft(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Seconds of steps of so many requests with a token each; and of one drafted token of theirs."""
         engine = Engine(self._executor, self._config)
         can_propose = self._executor.caps.can_propose
-        decode: list[tuple[int, float]] = []
-        draft: list[tuple[int, float]] = []
+        decode: dict[int, float] = {}
+        draft: dict[int, float] = {}
         ends_s = self._clock() + BUDGET_S
         for count in COUNTS:
             if count > engine.limits.max_requests or not self._fill(engine, count):
                 break
-            seconds = self._best_of(engine.step)
+            rows = list(range(count))
+            step_s, draft_s = float("inf"), float("inf")
+            for _ in range(REPEATS):
+                step_s = min(step_s, self._seconds_of(engine.step))
+                if can_propose:
+                    seconds = self._seconds_of(lambda rows=rows: self._executor.propose(rows, 2))
+                    draft_s = min(draft_s, seconds / 2)
             if engine.num_running < count:
                 break
-            decode.append((count, seconds))
+            decode[count] = step_s
             if can_propose:
-                rows = list(range(count))
-                self._executor.propose(rows, 1)
-                seconds = self._best_of(lambda rows=rows: self._executor.propose(rows, 2))
-                draft.append((count, seconds / 2))
+                draft[count] = draft_s
             if self._clock() > ends_s:
                 break
         self._finish(engine)
-        return Curve(tuple(decode)), Curve(tuple(draft))
+        return decode, draft
 
-    def verify(self) -> Curve:
-        """Steps of one request with so many tokens, all but the first of them drafts."""
+    def verify(self) -> dict[int, float]:
+        """Seconds of steps of one request with so many tokens, all but the first of them drafts. Each round
+        is over all counts that the first half of the time reaches, so that what disturbs one disturbs all."""
         fixed = _Fixed()
         most = COUNTS[-1]
         engine = Engine(self._executor, self._config, speculator=Speculator(fixed, DraftPolicy(most)))
-        points: list[tuple[int, float]] = []
+        found: dict[int, float] = {}
         self._fill(engine, 1)
-        ends_s = self._clock() + BUDGET_S
+        starts_s = self._clock()
         room = min(engine.limits.max_model_len // 2, engine.limits.max_step_tokens)
-        for count in COUNTS:
-            if count > room or self._clock() > ends_s:
+        counts = [count for count in COUNTS if count <= room]
+        for number in range(REPEATS):
+            for count in counts:
+                fixed.count = count - 1
+                seconds = self._seconds_of(engine.step)
+                if not engine.num_running:
+                    break
+                found[count] = min(seconds, found.get(count, seconds))
+                if number == 0 and self._clock() - starts_s > BUDGET_S / 2:
+                    break
+            counts = list(found)
+            if not engine.num_running or (number > 0 and self._clock() - starts_s > BUDGET_S):
                 break
-            fixed.count = count - 1
-            seconds = self._best_of(engine.step)
-            if not engine.num_running:
-                break
-            points.append((count, seconds))
         self._finish(engine)
-        return Curve(tuple(points))
+        return found
 
     def _fill(self, engine: Engine, count: int) -> bool:
         """Requests until `count` decode. False when they do not fit."""
@@ -121,13 +144,10 @@ class _Bench:
                 break
         return engine.num_running == count
 
-    def _best_of(self, run: Callable[[], object]) -> float:
-        best = float("inf")
-        for _ in range(REPEATS):
-            started = self._clock()
-            run()
-            best = min(best, self._clock() - started)
-        return best
+    def _seconds_of(self, run: Callable[[], object]) -> float:
+        started = self._clock()
+        run()
+        return self._clock() - started
 
     def _finish(self, engine: Engine) -> None:
         """Ends all requests without closing the executor, and frees their rows."""

@@ -326,3 +326,23 @@ def test_a_program_that_does_not_close_ends_cleanly():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "125\n", "")
+
+
+@pytest.mark.parametrize("kind", ["ngram", "draft"])
+def test_each_completion_says_what_became_of_its_drafts(kind):
+    config = RuntimeConfig(speculation=kind, draft_tokens=3)
+    with make(config=config, can_propose=True) as llm:
+        params = SamplingParams(temperature=0.6, max_tokens=60, n=2, ignore_eos=True)
+        outputs = llm.generate(["abababab", "once upon"], params)
+        each = [completion for output in outputs for completion in output.completions]
+        for counts, total in (
+            ([one.drafted_at for one in each], llm.engine.stats.drafted_at),
+            ([one.accepted_at for one in each], llm.engine.stats.accepted_at),
+        ):
+            summed = [sum(one[place] for one in counts if place < len(one)) for place in range(3)]
+            assert summed == total
+        assert all(sum(one.accepted_at) <= len(one.token_ids) for one in each)
+        assert sum(llm.engine.stats.accepted_at) > 0
+    with make() as llm:
+        (plain,) = llm.generate("abababab", GREEDY)
+        assert plain.completions[0].drafted_at == ()
