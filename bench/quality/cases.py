@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmc.passes.base import Pass
-from llmc.passes.pipeline import round_both_to_int8
+from llmc.passes.pipeline import round_both_to_int8, round_calibrated
 from llmc.passes.quantize.awq import Awq
 from llmc.passes.quantize.fp8 import Fp8
 from llmc.passes.quantize.gptq import Gptq
@@ -55,31 +55,38 @@ def _baselines() -> list[Case]:
     ]
 
 
+def _calibrated(bits: int, group_size: int, rounds: int = 2) -> tuple[Pass, ...]:
+    """As the presets, but tables and heads stay as they are, as judges leave them."""
+    scaling, rounding = round_calibrated(bits, group_size, rounds=rounds)
+    assert isinstance(rounding, Gptq)
+    return scaling, replace(rounding, **_KEEP_TABLES)
+
+
 def _presets() -> list[Case]:
     return [
         Case(
             name="int4-small",
-            passes=(Gptq(bits=4, group_size=128, **_KEEP_TABLES),),
+            passes=_calibrated(4, 128),
             baseline="rtn int4 g128",
             min_recovered=0.6,
             scheme="int4 g128",
         ),
         Case(
             name="int4",
-            passes=(Gptq(bits=4, group_size=32, **_WHOLE),),
+            passes=round_calibrated(4, 32),
             baseline="rtn int4 g32",
             max_ratio=1.006,
             planted=0.8,
         ),
         Case(
             name="int4-max",
-            passes=(Gptq(bits=4, group_size=32, symmetric=False, rounds=6, **_WHOLE),),
+            passes=round_calibrated(4, 32, symmetric=False, rounds=6, epochs=4, work=200.0),
             baseline="rtn int4 g32",
             max_ratio=1.003,
         ),
         Case(
             name="int3",
-            passes=(Gptq(bits=3, group_size=128, rounds=6, **_KEEP_TABLES),),
+            passes=_calibrated(3, 128, rounds=6),
             baseline="rtn int3 g128",
             min_recovered=0.65,
             scheme="int3 g128",
