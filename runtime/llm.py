@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from ..spec.errors import RequestError
 from ..spec.model import ModelSpec
@@ -21,8 +21,6 @@ from .config import RuntimeConfig
 from .draft_policy import SpeculationCosts
 from .engine import Engine
 from .grammar import Grammar
-from .grammar_compiler import Vocabulary
-from .grammars import Grammars
 from .loop import EngineLoop
 from .outputs import GenerationOutput, StreamChunk
 from .params import SamplingParams
@@ -32,6 +30,9 @@ from .response_cache import is_deterministic, response_key
 from .session import Session, Sink
 from .structured import StructuredOutput
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .grammars import Grammars
 
 Prompt = str | Sequence[int]
 
@@ -217,6 +218,9 @@ class LLM:
     def compile_form(self, wanted: StructuredOutput) -> Grammar:
         """What `submit` takes as `grammar`. Takes up to the runtime's `grammar_timeout_s`: RequestError for a
         form that needs longer, or that cannot be used. Forms asked for lately are there at once."""
+        from .grammar_compiler import Vocabulary
+        from .grammars import Grammars  # a start without forms need not wait for it
+
         tokenizer = self._need_tokenizer("structured")
         with self._grammars_lock:
             if self._grammars is None:

@@ -37,6 +37,11 @@ class EngineChannel(Protocol):
 
     def snapshot(self) -> EngineSnapshot: ...
 
+    def recover(self) -> bool:
+        """Ends an engine that is stuck and starts it again: its requests end with an error. False where only
+        the whole server can be."""
+        ...
+
     def close(self) -> None:
         """Ends all requests and the engine. Waits for it."""
         ...
@@ -106,6 +111,9 @@ class LocalChannel:
             response_bytes=stats.responses.num_bytes,
             failure=None if failure is None else f"{type(failure).__name__}: {failure}",
         )
+
+    def recover(self) -> bool:
+        return False
 
     def close(self) -> None:
         self._compilers.shutdown(wait=False, cancel_futures=True)

@@ -103,6 +103,10 @@ class EngineClient:
     def snapshot(self) -> EngineSnapshot:
         return self._channel.snapshot()
 
+    def recover(self) -> bool:
+        """Ends an engine that is stuck, to start it again. False where that cannot be done."""
+        return self._channel.recover()
+
     def shut_down(self) -> None:
         """Ends the engine. Waits for it."""
         self._channel.close()

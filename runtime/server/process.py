@@ -16,6 +16,7 @@ from ...spec.errors import TargetError
 from .app import LOG, make_app
 from .config import ServerConfig
 from .state import ServerState
+from .watchdog import watch
 
 _SWITCH_INTERVAL_S = 0.0005
 _POLL_S = 0.02
@@ -89,10 +90,12 @@ class Server:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.begin_drain)
         ready = asyncio.create_task(self._announce())
+        watching = asyncio.create_task(watch(self.state))
         try:
             await self._uvicorn.serve(sockets=[self._bound])
         finally:
             ready.cancel()
+            watching.cancel()
 
     def begin_drain(self) -> None:
         """Once: drain. Twice: end at once. In the event loop."""

@@ -154,6 +154,13 @@ class ProcessChannel:
             num_restarts=self._num_restarts,
         )
 
+    def recover(self) -> bool:
+        """The child is killed, and what follows is what follows any death of it."""
+        if self._is_starting or self._failure is not None:
+            return False
+        self._child.process.kill()
+        return True
+
     def close(self) -> None:
         self._child.end()
 

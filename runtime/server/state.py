@@ -13,6 +13,7 @@ from .channel import EngineChannel
 from .client import EngineClient
 from .codec import Codec
 from .config import ModelConfig, ServerConfig
+from .device_metrics import watch_devices
 from .errors import ServingError
 from .keys import ApiKeys
 from .messages import EngineSnapshot
@@ -113,24 +114,31 @@ class ServerState:
         )
 
     def failure(self) -> str | None:
-        """Why an engine is not alive; None when all are. One is stuck when it has work and no step has ended
-        for `watchdog_s`; call this from time to time."""
+        """Why an engine is not alive; None when all are."""
+        for name, model in self.models.items():
+            why = model.client.snapshot().failure
+            if why is not None:
+                return f"The engine of {name} has failed: {why}"
+        return next(iter(self.stuck().values()), None)
+
+    def stuck(self) -> dict[str, str]:
+        """The models whose engines have work and have ended no step for `watchdog_s`, with a sentence each;
+        call this from time to time."""
         now_s = self.clock()
+        found: dict[str, str] = {}
         for name, model in self.models.items():
             snapshot = model.client.snapshot()
-            if snapshot.failure is not None:
-                return f"The engine of {name} has failed: {snapshot.failure}"
             progress = self._progress.setdefault(name, _Progress(since_s=now_s))
             is_idle = not (snapshot.num_running or snapshot.num_waiting)
             steps = snapshot.num_steps + snapshot.num_failed_steps
             if is_idle or steps != progress.num_steps:
                 progress.num_steps, progress.since_s = steps, now_s
             elif now_s - progress.since_s > self.config.watchdog_s:
-                return (
+                found[name] = (
                     f"The engine of {name} has not moved for {now_s - progress.since_s:.0f} s, with "
                     f"{snapshot.num_running} sequences running and {snapshot.num_waiting} waiting."
                 )
-        return None
+        return found
 
 
 def make_state(
@@ -166,6 +174,7 @@ def make_state(
             fallback=own.fallback,
             fallback_on=own.fallback_on,
         )
+    watch_devices(metrics.registry, {model.client.facts.executor for model in models.values()})
     return ServerState(
         config=config,
         keys=keys or ApiKeys(),

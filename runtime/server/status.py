@@ -131,7 +131,7 @@ def _model_status(model: ServedModel, now_s: float) -> ModelStatus:
                 num_output_tokens=run.num_output_tokens,
                 max_tokens=sum((each.max_tokens or 0) * each.n for each in run.plan.params),
             )
-            for run in list(model.live)
+            for run in sorted(model.live, key=lambda run: run.arrival_s)
         ],
         failure=snapshot.failure,
     )

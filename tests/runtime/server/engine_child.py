@@ -1,5 +1,6 @@
 """A simulated engine in a process of its own, for tests of the channel: `python engine_child.py [MODE] FD`.
-MODE `broken` ends before it says anything, `fatal` ends at a prompt that begins with token 25 (z)."""
+MODE `broken` ends before it says anything, `fatal` ends at a prompt that begins with token 25 (z) and stands
+still at one that begins with token 24 (y)."""
 
 from __future__ import annotations
 
@@ -36,6 +37,8 @@ def main():
         if mode == "fatal" and any(entry.token_ids[0] == 25 for entry in diff.enter):
             time.sleep(0.02)
             os.abort()
+        if mode == "fatal" and any(entry.token_ids[0] == 24 for entry in diff.enter):
+            time.sleep(60)
         apply(diff)
 
     executor.apply = watched

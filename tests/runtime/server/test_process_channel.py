@@ -51,7 +51,7 @@ def two(run_server):
         channels.append(child("fatal", max_restarts=2))
         return channels[0]
 
-    config = ServerConfig(port=0)
+    config = ServerConfig(port=0, watchdog_s=1.0)
     running = run_server(config, {"here": lambda channel: channel, "there": elsewhere})
     yield running, channels[0]
     running.stop()
@@ -89,6 +89,16 @@ def test_a_child_says_the_same_and_dies_alone(two):
     assert running.metric("llmc:engine_restarts_total", model_name="there") == 1
     wait_for(lambda: running.state.num_open == 0)
     assert all(model.backlog.num_sequences == 0 for model in running.state.models.values())
+
+
+def test_a_child_that_stands_still_is_started_again(two):
+    running, channel = two
+    first = channel.pid
+    lost = running.post("/v1/completions", model="there", prompt="yyy")
+    assert (lost.status_code, lost.json()["error"]["code"]) == (503, "engine.died")
+    running.client(max_retries=8).completions.create(model="there", prompt="a", max_tokens=2)
+    assert channel.pid != first
+    assert running.post("/v1/completions", model="here", prompt="a").status_code == 200
 
 
 @pytest.mark.slow

@@ -246,7 +246,7 @@ def test_a_failing_step_fails_its_requests_alone(serve):
     assert running.metric("llmc:engine_failed_steps_total") >= 1
 
 
-def test_an_engine_that_does_not_move_is_not_healthy(serve):
+def test_an_engine_that_does_not_move_is_not_healthy(serve, caplog):
     running = serve(watchdog_s=0.2)
     gate = threading.Event()
     running.executor.faults.on_submit = lambda plan: gate.wait(10)
@@ -254,6 +254,12 @@ def test_an_engine_that_does_not_move_is_not_healthy(serve):
     try:
         wait_for(lambda: running.http.get(f"{running.url}/health").status_code == 503)
         assert "has not moved" in running.http.get(f"{running.url}/ready").json()["why"]
+        wait_for(lambda: any("Its state" in each.getMessage() for each in caplog.records))
+        (told,) = [each.getMessage() for each in caplog.records if "Its state" in each.getMessage()]
+        state = json.loads(told.partition("Its state: ")[2])
+        assert state["engine"]["num_running"] == 1
+        assert [each["prompt_tokens"] for each in state["requests"]] == [5]
+        assert any("submit" in line for stack in state["threads"] for line in stack)
     finally:
         gate.set()
     thread.join()
