@@ -58,11 +58,13 @@ class Acceptance:
     less and less."""
 
     def __init__(self, most: int) -> None:
+        self.num_observed = 0
         self._tried = [_PRIOR_WEIGHT] * most
         self._accepted = [_PRIOR_WEIGHT * _PRIOR_SHARE] * most
 
     def observe(self, num_drafted: int, num_accepted: int, times: int = 1) -> None:
         """Of `num_drafted` drafts the first `num_accepted` were accepted, in `times` requests."""
+        self.num_observed += times
         for place in range(min(num_drafted, num_accepted + 1, len(self._tried))):
             if self._tried[place] >= _MEMORY:
                 self._tried[place] *= 0.5
@@ -89,6 +91,8 @@ class DraftPolicy:
         self._costs = costs
         self._seconds: dict[tuple[int, int, int], float] = {}
         self._hopes: dict[tuple[int, bool], bool] = {}
+        self._answers: dict[int, int] = {}  # of `_best` for as long as nothing more is observed
+        self._answered_at = 0
         self._steps_without = 0
         self._probe_steps = PROBE_STEPS
 
@@ -114,7 +118,7 @@ class DraftPolicy:
             return 0
         if self._costs is None:
             return self.most
-        best = self._best(num_requests, lengths, self.acceptance.expected())
+        best = self._expected_best(num_requests, lengths)
         if best:
             self._steps_without, self._probe_steps = 0, PROBE_STEPS
             return best
@@ -129,6 +133,19 @@ class DraftPolicy:
     def skip(self) -> None:
         """A step passed without drafts."""
         self._steps_without += 1
+
+    def _expected_best(self, num_requests: int, lengths: Sequence[int] | None) -> int:
+        """What is best by what was accepted so far."""
+        if lengths is not None:
+            return self._best(num_requests, lengths, self.acceptance.expected())
+        if self._answered_at != self.acceptance.num_observed:
+            self._answers.clear()
+            self._answered_at = self.acceptance.num_observed
+        best = self._answers.get(num_requests)
+        if best is None:
+            best = self._best(num_requests, None, self.acceptance.expected())
+            self._answers[num_requests] = best
+        return best
 
     def _best(self, num_requests: int, lengths: Sequence[int] | None, expected: Sequence[float]) -> int:
         plain_s = self._step_s(num_requests, num_requests, 0)

@@ -17,8 +17,8 @@ from .speculation import Speculator
 # Enough points for the steps of tiled kernels to show; beyond the largest, lines go on.
 COUNTS = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # A curve is measured for about so long; what is left out continues the line.
-BUDGET_S = 0.12
-REPEATS = 5
+BUDGET_S = 0.2
+REPEATS = 12
 _PROMPT_TOKENS = 4
 Clock = Callable[[], float]
 
