@@ -16,7 +16,7 @@ from ..codegen.base import backend_for, default_target
 from ..ir.bands import one_thread
 from ..ir.program import Program
 from ..ir.weights import Reader, WeightStore
-from ..passes.base import PassContext
+from ..passes.base import PassContext, needs_calibration
 from ..passes.bits import bits_per_weight
 from ..runtime.memory import available_memory_bytes
 from .bind import bind_checkpoint
@@ -123,6 +123,8 @@ def _make(
 ) -> CompileResult:
     if request.verify == "numerics":
         _check_twin(request, opened, bound, planning, ledger, cache)
+    if any(needs_calibration(pass_) for pass_ in opened.pipeline.passes):
+        _check_target_holds(request, opened, bound, planning, ledger, cache)
     context = _calibrated(request, opened, bound, planning, results, ledger)
     compiled = _run_passes(request, opened, bound, context, ledger, cache)
     backend = backend_for(request.parsed_target)
@@ -143,6 +145,24 @@ def _make(
         with ledger.stage("hash the source and commit"):
             artifact = writer.commit(make_manifest(request, opened.checkpoint, compiled))
     return _result(request, compiled, ledger, cache, size_bytes=artifact.size_bytes, quality=quality)
+
+
+def _check_target_holds(
+    request: CompileRequest,
+    opened: _Opened,
+    bound: Program,
+    planning: PassContext,
+    ledger: Ledger,
+    cache: CompileCache,
+) -> None:
+    """Refuse what operators cannot hold before hours are spent on calibrating it. Only those of ONNX are
+    not ours to write."""
+    if request.parsed_target.kind != "onnx":
+        return
+    with ledger.stage("check that the target holds it"):
+        unchecked = replace(request, verify="off", dump_ir=None)
+        planned = run_pipeline(opened.pipeline, bound, planning, unchecked, ledger.progress, cache)
+        backend_for(request.parsed_target).estimate_bytes(planned.final, planned.portable)
 
 
 def _calibrated(
