@@ -55,6 +55,13 @@ def server(judged):
         yield url
 
 
+@pytest.fixture(scope="module")
+def serve_artifact():
+    """A function that serves an artifact until the module's tests are done."""
+    with contextlib.ExitStack() as stack:
+        yield lambda artifact, *options: stack.enter_context(served(artifact, *options))
+
+
 @pytest.fixture
 def serve_judged(judged):
     """A function that starts a server of its own over the judged artifact."""

@@ -27,6 +27,7 @@ metric_list:
 """
 
 
+@pytest.mark.timeout(900)
 def test_perplexity_is_that_of_llmc_eval(server, judged, stories, stories_1m, judge_program, tmp_path):
     program = judge_program("lm_eval", "lm-eval[api]")
     data = tmp_path / "stories.jsonl"
@@ -43,7 +44,7 @@ def test_perplexity_is_that_of_llmc_eval(server, judged, stories, stories_1m, ju
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
         check=False,
         env={
             **os.environ,
