@@ -4,6 +4,7 @@ interpreted."""
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
 from llmc.artifact.onnx import GENAI_CONFIG, OnnxCache, OnnxUnit, StoredForms
@@ -12,6 +13,7 @@ from llmc.codegen.onnx.graph import IR_VERSION, OPSET
 from llmc.codegen.onnx.lowered import cache_widths
 from llmc.models.families import FAMILIES
 from llmc.passes.probe import logits_of
+from llmc.passes.quantize.rtn import Rtn
 
 SUPPORTED = [family.name for family in FAMILIES if family.refused is None]
 # Layers that read the caches of others, sinks, latent heads.
@@ -66,3 +68,10 @@ def test_genai_runs_every_other_family(name, portable_program, onnx_graph, tmp_p
 @pytest.mark.parametrize("name", ["gemma3n", "gpt_oss"])
 def test_genai_runs_standard_operators_too(name, portable_program, onnx_graph, tmp_path):
     assert_greedy(portable_program(name), tmp_path, onnx_graph, contrib=False)
+
+
+def test_genai_runs_quantised_experts(portable_program, onnx_graph, tmp_path):
+    program = portable_program("gpt_oss", Rtn(bits=4, group_size=32))
+    assert_greedy(program, tmp_path, onnx_graph)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node]
+    assert kinds.count("QMoE") == len(program.spec.attention)
