@@ -19,7 +19,7 @@ from .checkpoint import parse_dtype
 from .estimate import Estimate, Estimator, FileBytes
 
 # Presets from the largest to the smallest, one of each size.
-_LADDER = ("none", "int8", "int4", "int4-small", "int3")
+_LADDER = ("none", "int8", "int4", "int3")
 _CODED_CACHES = ("int8", "fp8")
 _NUM_WAYS = 3
 # A context shorter than this is no way to serve anything.
@@ -218,23 +218,29 @@ class _Search:
         return (asked.quant, *self._below(asked.quant))[-1]
 
     def _possible(self, quant: str, kv_dtype: str) -> Estimate | None:
-        """The estimate for settings, None where this model or target does not take them."""
+        """The estimate for settings, None where a pass refuses them for this model or target."""
         if (quant, kv_dtype) not in self._known:
             try:
-                passes = _passes(quant, kv_dtype)
-                found = self._estimator.estimate(quant, passes)
-                self._estimator.file_bytes(passes)
+                found = self._estimator.estimate(quant, _passes(quant, kv_dtype))
             except LlmcError:
                 found = None
             self._known[quant, kv_dtype] = found
         return self._known[quant, kv_dtype]
+
+    def _can_be_built(self, quant: str, kv_dtype: str) -> bool:
+        """Whether the target has a form for every node and for the cache."""
+        try:
+            self._estimator.file_bytes(_passes(quant, kv_dtype))
+        except LlmcError:
+            return False
+        return True
 
     def _way(self, asked: Asked, text: str) -> Way | None:
         estimate = self._possible(asked.quant, asked.kv_dtype)
         if estimate is None:
             return None
         fit = estimate.fit(asked.memory_bytes, asked.context)
-        if not fit.requests:
+        if not fit.requests or not self._can_be_built(asked.quant, asked.kv_dtype):
             return None
         size = f"{estimate.bits_per_weight:.2f} bits a weight, {_gib(fit.weight_bytes)} of weights"
         cache = f"{_gib(fit.request_bytes)} a request"
