@@ -12,7 +12,7 @@ from llmc.runtime.protocol import StepPlan, StepResult, Ticket
 
 SHARE = float(os.environ["LLMC_BENCH_SLOWDOWN"])
 # The system sleeps no shorter than some 60 µs: what is due is gathered until it is worth sleeping for.
-LEAST_S = 3e-4
+LEAST_S = 1e-4
 
 
 class Slowed:
