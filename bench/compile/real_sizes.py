@@ -1,7 +1,10 @@
 """Seconds and peak memory of compiling checkpoints of real size with random weights, each in a new process.
 
-usage: real_sizes.py [--only NAME] [--quant PRESET] [--target T] [--keep FOLDER]
-       real_sizes.py --only NAME --make FOLDER
+usage: real_sizes.py [--only NAME] [--layers N] [--quant PRESET | --recipe FILE] [--target T]
+                     [--keep FOLDER] [--record NAME]
+       real_sizes.py --only NAME [--layers N] --make FOLDER
+
+With --layers a model has only so many of its layers, in their real shapes.
 """
 
 from __future__ import annotations
@@ -69,12 +72,31 @@ CONFIGS = {
         "bos_token_id": 128000,
         "eos_token_id": 128001,
     },
+    "llama-2-7b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
+# What runs without --only: the bigger ones take long and much room.
+USUAL = ("qwen2.5-0.5b", "llama-3.2-1b")
 
 
-def make_checkpoint(name: str, folder: Path) -> Path:
+def make_checkpoint(name: str, layers: int | None, folder: Path) -> Path:
     """Write a sharded bfloat16 checkpoint of the configuration `name`, one shard a layer, into `folder`."""
-    config = CONFIGS[name]
+    config = CONFIGS[name] if layers is None else CONFIGS[name] | {"num_hidden_layers": layers}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -92,11 +114,14 @@ def make_checkpoint(name: str, folder: Path) -> Path:
 
 
 def shard_shapes(config):
-    """The parameters of a Llama or Qwen2 model with a tied head: first the table, then layer by layer."""
+    """The parameters of a Llama or Qwen2 model: first the table and a head of its own, if it has one, then
+    layer by layer."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim", width // config["num_attention_heads"])
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     yield {"model.embed_tokens.weight": (config["vocab_size"], width), "model.norm.weight": (width,)}
+    if not config["tie_word_embeddings"]:
+        yield {"lm_head.weight": (config["vocab_size"], width)}
     for layer in range(config["num_hidden_layers"]):
         shapes = {
             "input_layernorm.weight": (width,),
@@ -122,9 +147,9 @@ def random_tensor(key, shape, generator):
     return (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
 
 
-def measure(folder: Path, quant: str, target: str, out: Path) -> dict[str, object]:
+def measure(folder: Path, quant: list[str], target: str, out: Path) -> dict[str, object]:
     """Compile in a fresh process: its own report, wall seconds and peak resident size."""
-    command = [sys.executable, "-m", "llmc.cli", "compile", str(folder), "--quant", quant]
+    command = [sys.executable, "-m", "llmc.cli", "compile", str(folder), *quant]
     command += ["--target", target, "-o", str(out), "--json", "--force"]
     started, before = time.monotonic(), os.times()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -145,28 +170,35 @@ def measure(folder: Path, quant: str, target: str, out: Path) -> dict[str, objec
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=CONFIGS)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--record", default="compile_real_sizes", help="name of the result file")
     parser.add_argument("--quant", default="int4")
+    parser.add_argument("--recipe", type=Path, help="in place of --quant")
     parser.add_argument("--target", default="reference")
     parser.add_argument("--keep", type=Path, help="make checkpoints here and leave them")
     parser.add_argument("--make", type=Path, help="make the checkpoint of --only there, and no more")
     arguments = parser.parse_args()
     if arguments.make is not None:
-        make_checkpoint(arguments.only, arguments.make)
+        make_checkpoint(arguments.only, arguments.layers, arguments.make)
         return
-    record = Record("compile_real_sizes")
-    results: dict[str, object] = {"quant": arguments.quant, "target": arguments.target}
+    record = Record(arguments.record)
+    quant = ["--quant", arguments.quant]
+    if arguments.recipe is not None:
+        quant = ["--recipe", str(arguments.recipe)]
+    results: dict[str, object] = {"quant": Path(quant[1]).name, "target": arguments.target}
+    depth = [] if arguments.layers is None else ["--layers", str(arguments.layers)]
     with tempfile.TemporaryDirectory() as temporary:
         root = arguments.keep or Path(temporary)
-        for name in [arguments.only] if arguments.only else CONFIGS:
-            folder = root / name
+        for name in [arguments.only] if arguments.only else USUAL:
+            folder = root / "-".join([name, *depth[1:]])
             if not folder.exists():
                 # In a process of its own: a child's peak is never below what its parent has taken.
-                script = [sys.executable, __file__, "--only", name, "--make", str(folder)]
+                script = [sys.executable, __file__, "--only", name, *depth, "--make", str(folder)]
                 subprocess.run(script, check=True)
             out = Path(temporary) / f"{name}.llmc"
-            results[name] = found = measure(folder, arguments.quant, arguments.target, out)
+            results[folder.name] = found = measure(folder, quant, arguments.target, out)
             times = f"{found['wall_s']} s, {found['processor_s']} s of processor"
-            print(f"{name}: {times}, peak {found['peak_rss_bytes'] / 2**30:.2f} GiB")
+            print(f"{folder.name}: {times}, peak {found['peak_rss_bytes'] / 2**30:.2f} GiB")
             shutil.rmtree(out)
     print(record.write(results))
 
