@@ -1,5 +1,5 @@
-"""What the generated code of a CPU artifact computes at every node, against the program it was generated from:
-the first node at which it leaves the program names the kernel that is wrong."""
+"""What the generated code of a CPU artifact computes at every node, against the program it was generated
+from: the first node at which it leaves the program names the kernel that is wrong."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class CodeLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodeTrace:
-    """The nodes in order, of the code for `level`. `same_as_shipped` says whether the library that the artifact
-    holds gives the traced code's logits to the bit: they are of one source, and of the same kernels unless
-    those have changed since."""
+    """The nodes in order, of the code for `level`. `same_as_shipped` says whether the library that the
+    artifact holds gives the traced code's logits to the bit: they are of one source, and of the same kernels
+    unless those have changed since."""
 
     level: str
     lines: tuple[CodeLine, ...]
@@ -83,9 +83,9 @@ class CodeTrace:
         line = self.first
         where = f" in {line.layer}" if line.layer else ""
         return (
-            f"The code for {self.level} first leaves the program at node {line.node} ({line.operator}){where}: "
-            f"{line.error:.2g} of its size, where {line.allowed:.2g} is allowed. A kernel is to blame: see "
-            f"the statement of {line.node} in {CPU_SOURCE}.{shipped}"
+            f"The code for {self.level} first leaves the program at node {line.node} ({line.operator})"
+            f"{where}: {line.error:.2g} of its size, where {line.allowed:.2g} is allowed. "
+            f"A kernel is to blame: see the statement of {line.node} in {CPU_SOURCE}.{shipped}"
         )
 
 
