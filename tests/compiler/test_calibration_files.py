@@ -54,13 +54,13 @@ def test_json_lines_give_the_same_tokens_as_text(tmp_path, tokenizer, spec):
 def test_no_more_is_read_than_is_wanted(tmp_path, tokenizer, spec):
     path = tmp_path / "long.txt"
     path.write_text("<|endoftext|>".join([STORY] * 200))
-    assert len(read_sequences(path, tokenizer, spec)) == 64
+    assert len(read_sequences(path, tokenizer, spec)) == 256
 
 
 def test_the_built_in_text_is_the_same_every_time(tokenizer, spec):
     found = built_in_sequences(tokenizer, spec)
     assert found == built_in_sequences(tokenizer, spec)
-    assert len(found) == 64
+    assert len(found) == 256
 
 
 @pytest.mark.parametrize(
