@@ -16,7 +16,7 @@ from typing import Self
 from ...artifact.reader import Artifact
 from ...artifact.summary import summarise
 from ...passes.probe import logits_of
-from ...passes.recipes import read_recipe
+from ...passes.recipes import preset_recipe, read_recipe
 from ...runtime.tokenizer import Tokenizer
 from ...spec.errors import UsageError
 from ...spec.target import parse_target
@@ -69,12 +69,14 @@ class ModelEvaluator:
         folder = find_model(setting.model)
         dtype = None if setting.dtype is None else parse_dtype(setting.dtype)
         self._estimator = Estimator(folder, target=parse_target(setting.target), dtype=dtype)
+        plain = self._estimator.estimate(_PLAIN, preset_recipe(_PLAIN).passes)
+        room = _prompt_room(setting, plain.max_context)
         reference = compile_side(setting.model, ORIGINAL, _Reference(), cache, Silent())
         self._tokenizer = Tokenizer.from_folder(reference.tokenizer_folder)
         spec = reference.manifest.spec
-        self._limit, self._vocab = spec.max_context, spec.vocab_size
-        self._work = self._make_work()
-        self._texts = self._encode(PROBE_TEXTS, self._limit)
+        self._vocab = spec.vocab_size
+        self._work = self._make_work(room)
+        self._texts = self._encode(PROBE_TEXTS, spec.max_context)
         program = stored_program(reference)
         self._expected = [logits_of(program, [text]) for text in self._texts]
         self._baseline: Runner = self._stack.enter_context(self._runner(self._compile(_PLAIN)))
@@ -153,16 +155,8 @@ class ModelEvaluator:
         setting = self._setting
         return WorkerRunner(artifact.path, num_threads=setting.num_threads, max_requests=setting.concurrency)
 
-    def _make_work(self) -> Work:
+    def _make_work(self, room: int) -> Work:
         setting = self._setting
-        room = self._limit - setting.num_tokens
-        if room < 1:
-            raise UsageError(
-                "search.num_tokens",
-                f"{setting.num_tokens} tokens do not fit.",
-                f"The model's context is {self._limit} tokens, and a prompt needs one at least.",
-                "Choose fewer with --tokens.",
-            )
         return Work(
             prompts=tuple(self._encode(setting.prompts, room)),
             num_tokens=setting.num_tokens,
@@ -185,6 +179,19 @@ class ModelEvaluator:
             found = compare(expected, logits_of(program, [text]), [text])
             total, tokens = total + found.kl_mean * found.tokens, tokens + found.tokens
         return total / tokens
+
+
+def _prompt_room(setting: Setting, max_context: int) -> int:
+    """The most tokens of a prompt."""
+    room = max_context - setting.num_tokens
+    if room < 1:
+        raise UsageError(
+            "search.num_tokens",
+            f"{setting.num_tokens} tokens do not fit.",
+            f"The model's context is {max_context} tokens, and a prompt needs one at least.",
+            "Choose fewer with --tokens.",
+        )
+    return room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
