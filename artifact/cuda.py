@@ -15,10 +15,11 @@ CUDA_UNIT = "kernels/cuda.json"
 class CudaKernel:
     """A kernel compiled for one architecture (`sm_90`).
 
-    `key` names the specialisation that a launch asks for, `name` the function in `file`, which is a cubin.
-    `parameters` are name and type (`*bf16`, `i32`, `fp32`) of what a launch passes, in order; two null
-    pointers follow. A block has `32 * warps` threads; pointers are multiples of 16 bytes. `ptx` is a file
-    that the driver of a GPU of another architecture can compile, empty when there is none.
+    `toolkit` is the version of CUDA whose assembler made it. `key` names the specialisation that a launch
+    asks for, `name` the function in `file`, which is a cubin. `parameters` are name and type (`*bf16`, `i32`,
+    `fp32`) of what a launch passes, in order; two null pointers follow. A block has `32 * warps` threads;
+    pointers are multiples of 16 bytes. `ptx` is a file that the driver of a GPU of another architecture can
+    compile, empty when there is none.
     """
 
     key: str
@@ -30,27 +31,46 @@ class CudaKernel:
     shared_bytes: int
     registers: int
     stack_bytes: int
+    toolkit: str
     ptx: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WordWeight:
-    """A stored tensor of words that holds the program's codes `codes`, `[rows, width]` bytes there."""
+    """A stored tensor of words that holds the program's codes `codes`, `[rows, width]` bytes there, or
+    `[experts, rows, width]`."""
 
     stored: str
     codes: str
     rows: int
     width: int
+    experts: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the codes."""
+        return (self.experts, self.rows, self.width) if self.experts else (self.rows, self.width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaPlan:
+    """The captured step of `rows` rows works in `num_bytes` of memory: the n-th tensor that its operators
+    make lies at `offsets[n]`."""
+
+    rows: int
+    offsets: tuple[int, ...]
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaUnit:
-    """All kernels of an artifact, for every architecture, and the weights that they read in a form of their
-    own."""
+    """All kernels of an artifact, for every architecture, the weights that they read in a form of their own,
+    and the memory of captured steps, fewest rows first."""
 
     triton: str
     kernels: tuple[CudaKernel, ...]
     words: tuple[WordWeight, ...]
+    arenas: tuple[ArenaPlan, ...] = ()
 
     @property
     def architectures(self) -> tuple[str, ...]:

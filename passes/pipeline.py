@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import Pass
 from .canonical import canonical_passes
+from .cuda_graph import CudaGraph
 from .fuse_add_norm import FuseAddNorm
 from .fuse_gate_up import FuseGateUp
 from .fuse_qkv import FuseQkv
@@ -111,7 +112,7 @@ def layout() -> tuple[Pass, ...]:
 
 def plan() -> tuple[Pass, ...]:
     """By which kernels the finished program runs, and what it will need."""
-    return (SelectKernels(), PlanMemory())
+    return (SelectKernels(), PlanMemory(), CudaGraph())
 
 
 def _quantisers() -> tuple[Pass, ...]:

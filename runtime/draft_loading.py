@@ -9,7 +9,7 @@ from ..artifact.reader import Artifact
 from ..spec.errors import TargetError, UsageError
 from .config import RuntimeConfig
 from .executors.drafting import Drafter
-from .executors.stepped import SteppedExecutor
+from .executors.stepped import DraftCapable
 from .protocol import Executor
 from .tokenizer import Tokenizer
 
@@ -62,15 +62,15 @@ def check_vocabulary(target: Artifact, draft: Artifact) -> None:
 def attach_draft(target: Executor, draft: Executor) -> None:
     """`target` proposes with the model of `draft` from now on. TargetError when one of them cannot."""
     for each in (target, draft):
-        if not isinstance(each, SteppedExecutor):
+        if not isinstance(each, DraftCapable):
             raise TargetError(
                 "target.no_drafts",
                 f"The executor {each.caps.name} takes no part in speculation with a draft model.",
-                "It does not run its steps one at a time.",
-                "Use artifacts of the targets cpu or reference, or --speculation ngram.",
+                "It has no model that others can run steps on.",
+                "Use artifacts of the targets cpu, cuda or reference, or --speculation ngram.",
             )
-    assert isinstance(target, SteppedExecutor)
-    assert isinstance(draft, SteppedExecutor)
+    assert isinstance(target, DraftCapable)
+    assert isinstance(draft, DraftCapable)
     target.attach(Drafter(draft.model, draft.caps))
 
 

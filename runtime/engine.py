@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..spec.errors import InternalError
+from ..spec.errors import DeviceLostError, InternalError
 from .admission import check_request, make_limits
 from .blocks import BlockManager
 from .config import RuntimeConfig
@@ -413,11 +413,14 @@ class Engine:
         )
 
     def _fail(self, chunks: Sequence[Chunk], error: Exception) -> None:
-        """Rolls a step back: its own requests end, nothing else changes."""
+        """Rolls a step back: its own requests end, nothing else changes. Raises the error where no step can
+        run after it."""
         self.stats.num_failed_steps += 1
         for chunk in chunks:
             if chunk.request.is_live:
                 self._end(chunk.request, FinishReason.ERROR, describe(error))
+        if isinstance(error, DeviceLostError):
+            raise error
 
     def _expire(self) -> None:
         """Ends what is past its deadline."""

@@ -39,18 +39,22 @@ def demand_of(config: RuntimeConfig, max_context: int, max_step_tokens: int | No
 
 
 def num_pages(
-    layout: CacheLayout, demand: CacheDemand, cache_bytes: int, available_bytes: int
+    layout: CacheLayout,
+    demand: CacheDemand,
+    cache_bytes: int,
+    available_bytes: int,
+    share: float = DEFAULT_SHARE,
 ) -> tuple[int, ...]:
     """Physical pages per group.
 
     `cache_bytes` are divided so that every group has room for the same number of longest sequences. 0
-    means enough for all requests at full length, at most `DEFAULT_SHARE` of `available_bytes`, and at
+    means enough for all requests at full length, at most `share` of `available_bytes`, and at
     least one sequence. Raises TargetError when a group would get no page at all.
     """
     per_sequence = demand.pages_per_sequence(layout)
     sequence_bytes = bytes_of(layout, per_sequence)
     if cache_bytes == 0:
-        most = int(available_bytes * DEFAULT_SHARE)
+        most = int(available_bytes * share)
         cache_bytes = max(sequence_bytes, min(demand.max_requests * sequence_bytes, most))
     pages = tuple(count * cache_bytes // sequence_bytes for count in per_sequence)
     if 0 in pages:

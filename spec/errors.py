@@ -57,6 +57,12 @@ class TargetError(LlmcError):
     exit_code = 4
 
 
+class DeviceLostError(TargetError):
+    """A device failed in a step, and this process cannot use it any more: only a new one can."""
+
+    http_status = 503
+
+
 class ArtifactError(LlmcError):
     """An artifact is damaged, incomplete, or of another schema."""
 

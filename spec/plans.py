@@ -43,7 +43,14 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturePlan:
-    """Batch sizes for which a graph target records one replayable step."""
+    """Batch sizes for which a graph target records one replayable step, fewest first.
+
+    Those of `at_load` are recorded when the artifact is loaded, in about `seconds`, others when they are
+    first wanted. A step enqueues about `num_launches` kernels.
+    """
 
     decode_rows: tuple[int, ...]
-    prefill_tokens: tuple[int, ...]
+    prefill_tokens: tuple[int, ...] = ()
+    at_load: tuple[int, ...] = ()
+    num_launches: int = 0
+    seconds: float = 0.0

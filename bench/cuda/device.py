@@ -31,7 +31,8 @@ class CompiledOnDemand:
         from llmc.artifact.cuda import CudaKernel
         from llmc.runtime.executors import cuda_driver, cuda_kernels
 
-        self._driver = cuda_driver.CudaDriver()
+        self.driver = cuda_driver.CudaDriver()
+        self.stream = lambda: torch.cuda.current_stream(DEVICE).cuda_stream
         self._load, self._parameter = cuda_kernels.load_kernel, cuda_kernels.parameter_value
         self._kernel_type = CudaKernel
         self._functions: dict = {}
@@ -41,13 +42,12 @@ class CompiledOnDemand:
         if 0 in launch.grid:
             return
         specialisation = launch.specialisation
-        if specialisation.key not in self._functions:
-            self._functions[specialisation.key] = self._compile(specialisation)
+        if specialisation not in self._functions:
+            self._functions[specialisation] = self._compile(specialisation)
         values = [
             self._parameter(name, kind, launch.values[name]) for name, kind in specialisation.parameters
         ]
-        stream = torch.cuda.current_stream(DEVICE).cuda_stream
-        self._driver.launch(self._functions[specialisation.key], launch.grid, stream, values)
+        self.driver.launch(self._functions[specialisation], launch.grid, self.stream(), values)
 
     def _compile(self, specialisation):
         from llmc.codegen.cuda.worker import compile_one
@@ -64,8 +64,9 @@ class CompiledOnDemand:
             shared_bytes=machine.shared_bytes,
             registers=machine.registers,
             stack_bytes=machine.stack_bytes,
+            toolkit=machine.toolkit,
         )
-        return self._load(self._driver, kernel, machine.cubin)
+        return self._load(self.driver, kernel, machine.cubin)
 
 
 class OnDevice:

@@ -35,8 +35,10 @@ def use_tree() -> None:
 
 
 def parts() -> dict[str, Callable[[], object]]:
-    """What is run, by name, in order."""
+    """What is run, by name, in order: what must be right, what section after section must be known, what must
+    be fast."""
     from device import CompiledOnDemand
+    from engines import engine_rates, machine_of, same_tokens
     from limits import machine_limits
     from rates import attention_rates, product_rates
 
@@ -45,14 +47,53 @@ def parts() -> dict[str, Callable[[], object]]:
 
     launcher = CompiledOnDemand()
     operators = CudaOperators(launcher)
-    named: dict[str, Callable[[], object]] = {"limits": machine_limits, "correctness": correctness}
-    for form in ("bf16", "int4_g128", "int4_g32", "int8_g32"):
+    named: dict[str, Callable[[], object]] = {"correctness": correctness, "artifact": artifact}
+    for scheme in TOKEN_SCHEMES:
+        named[f"tokens {scheme}"] = lambda s=scheme: same_tokens("small", s, machine_of(launcher))
+    named["limits"] = machine_limits
+    for form in ("bf16", "int4_g128", "int4_g32", "int8_g32", "fp8_channel"):
         named[f"products {form}"] = lambda form=form: product_rates(operators, form)
     named["attention"] = lambda: attention_rates(operators)
     for shape in ("llama-3.2-1b", "llama-3.1-8b"):
         for scheme in ("bf16", "int4_g128"):
             named[f"steps {shape} {scheme}"] = lambda s=shape, p=scheme: step_times(s, p, launcher)
+            named[f"engine {shape} {scheme}"] = lambda s=shape, p=scheme: engine_rates(
+                s, p, machine_of(launcher)
+            )
     return named
+
+
+# Forms of weights and caches whose tokens are compared.
+TOKEN_SCHEMES = ("bf16", "int4_g128", "fp8", "kv_int8", "kv_fp8")
+
+
+def artifact() -> object:
+    """The way of an artifact: the bundled model compiled for this GPU, loaded, held to its oracle, and
+    generated from with and without graphs; loading must compile nothing."""
+    import shutil
+
+    from device import architecture
+
+    import llmc
+    from llmc.runtime.config import RuntimeConfig
+    from llmc.runtime.load import StartLedger
+
+    folder = REPOSITORY / "build" / "cuda_first_run" / "stories.llmc"
+    shutil.rmtree(folder, ignore_errors=True)
+    model = REPOSITORY / "models" / "stories-1m"
+    llmc.compile(model, quant="int4", target=f"cuda:{architecture()}", output=folder)
+    texts: dict[str, object] = {}
+    ledger = StartLedger()
+    for graphs in (True, False):
+        config = RuntimeConfig(max_requests=8, max_step_tokens=256, device_graphs=graphs)
+        with llmc.load(folder, config, ledger=ledger if graphs else None) as llm:
+            settings = llmc.SamplingParams(max_tokens=40, temperature=0.8, seed=3)
+            texts[str(graphs)] = [
+                done.text for done in llm.generate(["Once upon a time", "The dog"], settings)
+            ]
+    if texts["True"] != texts["False"]:
+        raise AssertionError(f"replayed and launched steps differ: {texts}")
+    return {"same": True, "start": ledger.steps, "texts": texts["True"]}
 
 
 def correctness() -> object:

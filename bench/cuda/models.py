@@ -22,6 +22,12 @@ from llmc.runtime.executors.tiles import SequencePart
 from llmc.spec.target import parse_target
 
 SHAPES = {
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+    },
     "llama-3.1-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -36,7 +42,13 @@ SHAPES = {
     },
 }
 # Recipes that need no data, as a preset and changes to it.
-RECIPES = {"bf16": ("none", ()), "int4_g128": ("int8", ("rtn.bits=4", "rtn.group_size=128"))}
+RECIPES = {
+    "bf16": ("none", ()),
+    "int4_g128": ("int8", ("rtn.bits=4", "rtn.group_size=128")),
+    "fp8": ("fp8", ()),
+    "kv_int8": ("none", ("kv_layout.dtype=int8",)),
+    "kv_fp8": ("none", ("kv_layout.dtype=fp8",)),
+}
 PAGE = 64
 VOCABULARY = 128256
 
@@ -48,10 +60,9 @@ def program_of(shape: str, scheme: str) -> Program:
     tied = shape == "llama-3.2-1b"
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        num_key_value_heads=8,
         max_position_embeddings=16384,
         tie_word_embeddings=tied,
-        **SHAPES[shape],
+        **{"num_key_value_heads": 8} | SHAPES[shape],
     )
     config.architectures = ["LlamaForCausalLM"]
     program = trace_config(config, dtype=torch.bfloat16, max_context=16384)

@@ -24,6 +24,9 @@ def weight_of(form: str, n: int, k: int) -> tuple:
     """Random stored tensors of one matrix, and the operator's arguments behind x."""
     if form == "bf16":
         return (torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16), None)
+    if form == "fp8_channel":
+        codes = torch.randn(n, k, device=DEVICE).to(torch.float8_e4m3fn)
+        return (codes, torch.rand(n, 1, device=DEVICE), None, None, form)
     bits, group = (8, 32) if form == "int8_g32" else (4, int(form.removeprefix("int4_g")))
     scales = torch.rand(n, k // group, device=DEVICE).half()
     if bits == 8:

@@ -3,23 +3,29 @@ triton, no GPU."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
+from pathlib import Path
+
+import msgspec
 
 from ...kernels.cuda.launch import Specialisation
 from ...spec.errors import TargetError
+from ..base import RecallBytes, compute_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """A compiled specialisation. `stack_bytes` above 0 means that registers spill; `ptx` is what a newer
-    GPU's driver can compile again."""
+    GPU's driver can compile again, `toolkit` the version of CUDA whose assembler was used."""
 
     cubin: bytes
     ptx: bytes
@@ -28,6 +34,7 @@ class Machine:
     shared_bytes: int
     registers: int
     stack_bytes: int
+    toolkit: str
 
 
 def require_triton() -> None:
@@ -41,27 +48,55 @@ def require_triton() -> None:
         )
 
 
-def assemble(wanted: Sequence[tuple[Specialisation, str]]) -> list[Machine]:
-    """Machine code for each (specialisation, architecture such as `sm_90`), in order.
+def assemble(
+    wanted: Sequence[tuple[Specialisation, str]], recall: RecallBytes = compute_bytes
+) -> list[Machine]:
+    """Machine code for each (specialisation, architecture such as `sm_90`), in order; what `recall` remembers
+    is not compiled again.
 
     The same inputs give the same bytes, whichever process made them. Raises TargetError where triton is
     missing and InternalError where it refuses a kernel.
     """
     require_triton()
-    with _workers() as pool:
+    compiler = (version("triton"), kernel_digest())
+    with _workers() as pool, ThreadPoolExecutor(2 * _num_workers()) as waiting:
         from .worker import compile_one
 
-        return list(pool.map(compile_one, wanted))
+        def made(each: tuple[Specialisation, str]) -> Machine:
+            specialisation, architecture = each
+
+            def compute() -> bytes:
+                return msgspec.msgpack.encode(pool.submit(compile_one, each).result())
+
+            label = f"{specialisation.kernel} for {architecture}"
+            data = recall((*compiler, specialisation.key, architecture), label, compute)
+            return msgspec.msgpack.decode(data, type=Machine)
+
+        return list(waiting.map(made, wanted))
+
+
+def kernel_digest() -> str:
+    """The SHA-256 of everything that a kernel's machine code is made from but its specialisation."""
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(__file__).parents[2] / "kernels" / "cuda"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _num_workers() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def _workers() -> Generator[ProcessPoolExecutor]:
     """Fresh processes: triton reads its settings when it is imported, and keeps a cache in a folder of its
     own."""
-    count = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="llmc-triton-") as folder:
         context = get_context("spawn")
-        with ProcessPoolExecutor(count, mp_context=context, initializer=_prepare, initargs=(folder,)) as pool:
+        with ProcessPoolExecutor(
+            _num_workers(), mp_context=context, initializer=_prepare, initargs=(folder,)
+        ) as pool:
             yield pool
 
 

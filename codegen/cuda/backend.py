@@ -15,7 +15,7 @@ from ...spec.target import Target
 from ..base import RecallBytes, compute_bytes
 from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
 from .assemble import Machine, assemble, require_triton
-from .dry_walk import needed_kernels
+from .dry_walk import needs_of
 from .words import CodesOfWords, stored_weights, word_weights
 
 # Programs, cubins, headers, tokenizer and manifest.
@@ -57,14 +57,14 @@ class Backend:
         words = word_weights(program)
         stored = stored_weights({name: shared[name] for name in shared}, words)
         read = stored | {word.codes: stored[word.stored] for word in words}
-        specialisations = needed_kernels(program, read)
-        wanted = [(each, name) for name in self._architectures for each in specialisations]
+        needs = needs_of(program, read)
+        wanted = [(each, name) for name in self._architectures for each in needs.kernels]
         kernels = [
             _write_kernel(each, name, machine, writer)
-            for (each, name), machine in zip(wanted, assemble(wanted), strict=True)
+            for (each, name), machine in zip(wanted, assemble(wanted, cache), strict=True)
         ]
         write_programs(program, portable, writer)
-        unit = CudaUnit(triton=version("triton"), kernels=tuple(kernels), words=words)
+        unit = CudaUnit(triton=version("triton"), kernels=tuple(kernels), words=words, arenas=needs.arenas)
         writer.write_bytes(CUDA_UNIT, "kernel", encode_unit(unit))
         write_weights(WeightStore(stored, shared.ties, shared.reader), writer, progress=progress)
 
@@ -72,7 +72,7 @@ class Backend:
         """The tensors of the files, words unpacked as they are asked for."""
         stored = stored_sources(artifact)
         for word in decode_unit(artifact.read_bytes(CUDA_UNIT)).words:
-            stored[word.codes] = CodesOfWords(stored[word.stored], (word.rows, word.width))
+            stored[word.codes] = CodesOfWords(stored[word.stored], word.shape)
         return stored
 
 
@@ -94,5 +94,6 @@ def _write_kernel(
         shared_bytes=machine.shared_bytes,
         registers=machine.registers,
         stack_bytes=machine.stack_bytes,
+        toolkit=machine.toolkit,
         ptx=ptx,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,11 @@ from ...kernels.cuda.packing import pack_words, unpack_words
 from ...spec.quant import parse_scheme
 
 assert ops  # importing it registers the operators
+# Where operators have codes, and their schemes.
 _READERS = {
-    torch.ops.llmc.quantized_linear.default: (1, 5),
-    torch.ops.llmc.quantized_embedding.default: (1, 4),
+    torch.ops.llmc.quantized_linear.default: ((1, 5),),
+    torch.ops.llmc.quantized_embedding.default: ((1, 4),),
+    torch.ops.llmc.quantized_moe.default: ((3, 15), (6, 16)),
 }
 
 
@@ -30,12 +33,12 @@ class Words:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """16 words for a block of 128 codes, 64 bytes."""
-        return (self.of.shape[0], 16 * -(-self.of.shape[1] // 64))
+        """16 words for a block of 128 codes, 64 bytes; experts' rows one after the other."""
+        return (math.prod(self.of.shape[:-1]), 16 * -(-self.of.shape[-1] // 64))
 
     def evaluate(self, reader: Reader) -> Tensor:
         """Pack the codes."""
-        return pack_words(self.of.evaluate(reader))
+        return pack_words(self.of.evaluate(reader).flatten(0, -2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class CodesOfWords:
 
     def evaluate(self, reader: Reader) -> Tensor:
         """Unpack the words."""
-        return unpack_words(self.words.evaluate(reader), self.shape[1])
+        return unpack_words(self.words.evaluate(reader), self.shape[-1]).view(self.shape)
 
 
 def word_weights(program: Program) -> tuple[WordWeight, ...]:
@@ -56,13 +59,16 @@ def word_weights(program: Program) -> tuple[WordWeight, ...]:
     use."""
     found: dict[str, WordWeight] = {}
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in _READERS:
-            codes, scheme = (node.args[position] for position in _READERS[node.target])
+        for places in _READERS.get(node.target, ()) if node.op == "call_function" else ():
+            codes, scheme = (node.args[position] for position in places)
             assert isinstance(codes, fx.Node)
             name = str(codes.target)
             if parse_scheme(str(scheme)).bits < 8:
-                rows, width = program.weights[name].shape
-                found[name] = WordWeight(stored=f"{name}@words", codes=name, rows=rows, width=width)
+                *experts, rows, width = program.weights[name].shape
+                count = experts[0] if experts else 0
+                found[name] = WordWeight(
+                    stored=f"{name}@words", codes=name, experts=count, rows=rows, width=width
+                )
     return tuple(found.values())
 
 

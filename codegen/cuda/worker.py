@@ -11,6 +11,7 @@ import tempfile
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from ...kernels.cuda.jit import kernel_function
@@ -36,6 +37,7 @@ def compile_one(wanted: tuple[Specialisation, str]) -> Machine:
         shared_bytes=metadata.shared,
         registers=registers,
         stack_bytes=stack_bytes,
+        toolkit=get_ptxas(int(architecture.removeprefix("sm_"))).version,
     )
 
 

@@ -41,6 +41,8 @@ def paged_attention(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     table_ptr,
     starts_ptr,
     positions_ptr,
@@ -65,17 +67,15 @@ def paged_attention(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     CAPPED: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """`llmc.paged_attention` of any mixture of sequences. Grid (ceil(T / TOKENS) + sequences, KV_HEADS).
-
-    A program takes `TOKENS` tokens of one sequence with all query heads of one KV head, `SHARED_BLOCK` rows a
-    token; `tile_of_sequence` says which.
-    """
+    """`llmc.paged_attention` of any mixture of sequences. Grid (ceil(T / TOKENS) + sequences, KV_HEADS): a
+    program takes `TOKENS` tokens of one sequence with all query heads of one KV head, `SHARED_BLOCK` rows a
+    token."""
     head = tl.program_id(1)
-    tile = tl.program_id(0)
-    found = tile_of_sequence(starts_ptr, num_sequences, tile, TOKENS, SEARCH)
+    found = tile_of_sequence(starts_ptr, num_sequences, tl.program_id(0), TOKENS, SEARCH)
     sequence, first_token, stop = found  # pyright: ignore[reportGeneralTypeIssues]
     if first_token < stop:
         shared: tl.constexpr = HEADS // KV_HEADS
@@ -87,13 +87,13 @@ def paged_attention(
         position = tl.load(positions_ptr + token, mask=exists, other=-1)
         oldest = first_visible(tl.load(positions_ptr + first_token), WINDOW, CHUNK)
         newest = tl.max(position, 0)
-        table = table_ptr + sequence * table_stride
         top, total, acc = initial_state(sinks_ptr, heads, exists, HAS_SINKS, TOKENS * SHARED_BLOCK, V_BLOCK)
         for split in tl.range(oldest // SPLIT, newest // SPLIT + 1):
             first_key, end_key = keys_of_split(split, oldest, newest, SPLIT, BN)
             top_b, total_b, acc_b = attend_split(
-                *(q, k_cache_ptr, v_cache_ptr, table, head, position, first_key, end_key, scale, cap),
-                *(KV_HEADS, D, V, D_BLOCK, V_BLOCK, PAGE, BN, WINDOW, CHUNK, CAPPED),
+                *(q, k_cache_ptr, v_cache_ptr, k_scales_ptr, v_scales_ptr),
+                *(table_ptr + sequence * table_stride, head, position, first_key, end_key, scale, cap),
+                *(KV_HEADS, D, V, D_BLOCK, V_BLOCK, PAGE, BN, WINDOW, CHUNK, CAPPED, CODES),
             )
             top, total, acc = merge_states(top, total, acc, top_b, total_b, acc_b)
         store_result(out_ptr, total, acc, token[:, None], heads, exists, HEADS, V, V_BLOCK)
@@ -104,6 +104,8 @@ def decode_splits(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     table_ptr,
     positions_ptr,
     state_ptr,
@@ -125,6 +127,7 @@ def decode_splits(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     CAPPED: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     """States of all splits of a step that has one token a sequence. Grid (tokens, KV_HEADS, splits).
 
@@ -145,8 +148,9 @@ def decode_splits(
     first_key, end_key = keys_of_split(split, oldest, newest, SPLIT, BN)
     table = table_ptr + token * table_stride
     top, total, acc = attend_split(
-        *(q, k_cache_ptr, v_cache_ptr, table, head, position, first_key, end_key, scale, cap),
-        *(KV_HEADS, D, V, D_BLOCK, V_BLOCK, PAGE, BN, WINDOW, CHUNK, CAPPED),
+        *(q, k_cache_ptr, v_cache_ptr, k_scales_ptr, v_scales_ptr, table, head, position),
+        *(first_key, end_key, scale, cap),
+        *(KV_HEADS, D, V, D_BLOCK, V_BLOCK, PAGE, BN, WINDOW, CHUNK, CAPPED, CODES),
     )
     e = tl.arange(0, V_BLOCK)
     place = (token * HEADS + heads) * tl.num_programs(2) + split

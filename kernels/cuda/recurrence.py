@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .activation import tanh
+from .rounding import byte_values
 
 
 @triton.jit
@@ -23,10 +24,34 @@ def visible(key, position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def load_values(address, mask, CODES: tl.constexpr):
+    """Cached values, or `CODES` (int8, fp8) without their scale, which every dtype of queries holds
+    exactly."""
+    if CODES == "":
+        return tl.load(address, mask=mask, other=0.0)
+    else:
+        return byte_values(tl.load(address, mask=mask, other=0), CODES)
+
+
+@triton.jit
+def scores_of(q, k, scales_ptr, slot, held, scale, cap, CAPPED: tl.constexpr, CODES: tl.constexpr):
+    """Logits of base 2 `[R, BN]` of queries and keys; `CODES` of keys have their scales at
+    `scales_ptr[BN]`."""
+    scores = tl.dot(q, k, input_precision="ieee") * scale
+    if CODES != "":
+        scores = scores * tl.load(scales_ptr + slot, mask=held, other=0.0)[None, :]
+    if CAPPED:
+        scores = tanh(scores / cap) * cap * 1.4426950408889634
+    return scores
+
+
+@triton.jit
 def attend_split(
     q,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     table_ptr,
     head,
     position,
@@ -44,6 +69,7 @@ def attend_split(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     CAPPED: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     """State (top, total, acc) of query rows `q[R, D_BLOCK]` at `position[R]` over keys `first_key` … `end_key
     - 1`.
@@ -53,22 +79,19 @@ def attend_split(
     scores are `CAPPED`.
     """
     rows: tl.constexpr = q.shape[0]
-    key_of = tl.arange(0, BN)
     d = tl.arange(0, D_BLOCK)
     e = tl.arange(0, V_BLOCK)
     top = tl.full([rows], -float("inf"), tl.float32)
     total = tl.zeros([rows], tl.float32)
     acc = tl.zeros([rows, V_BLOCK], tl.float32)
     for start in tl.range(first_key, end_key, BN):
-        key = start + key_of
+        key = start + tl.arange(0, BN)
         page = tl.load(table_ptr + key // PAGE, mask=key < end_key, other=-1)
         held = page >= 0
         slot = (tl.where(held, page, 0) * PAGE + key % PAGE) * KV_HEADS + head
         k_mask = held[None, :] & (d[:, None] < D)
-        k = tl.load(k_cache_ptr + slot[None, :] * D + d[:, None], mask=k_mask, other=0.0).to(q.dtype)
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        if CAPPED:
-            scores = tanh(scores / cap) * cap * 1.4426950408889634
+        k = load_values(k_cache_ptr + slot[None, :] * D + d[:, None], k_mask, CODES).to(q.dtype)
+        scores = scores_of(q, k, k_scales_ptr, slot, held, scale, cap, CAPPED, CODES)
         seen = held[None, :] & visible(key, position, WINDOW, CHUNK)
         scores = tl.where(seen, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -77,7 +100,9 @@ def attend_split(
         weight = tl.exp2(scores - base[:, None])
         total = total * fade + tl.sum(weight, 1)
         v_mask = held[:, None] & (e[None, :] < V)
-        v = tl.load(v_cache_ptr + slot[:, None] * V + e[None, :], mask=v_mask, other=0.0).to(q.dtype)
+        v = load_values(v_cache_ptr + slot[:, None] * V + e[None, :], v_mask, CODES).to(q.dtype)
+        if CODES != "":  # what nobody sees may be anything, also NaN
+            weight = tl.where(seen, weight * tl.load(v_scales_ptr + slot, mask=held, other=0.0)[None, :], 0.0)
         acc = tl.dot(weight.to(q.dtype), v, acc * fade[:, None], input_precision="ieee")
         top = new_top
     return top, total, acc

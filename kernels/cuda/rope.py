@@ -7,6 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rounding import coded_row
+
 
 @triton.jit
 def rotated(
@@ -41,6 +43,19 @@ def rotated(
 
 
 @triton.jit
+def store_head(x, cache_ptr, scales_ptr, place, column, WIDTH: tl.constexpr, CODES: tl.constexpr):
+    """Writes a head of `WIDTH` values at `place` of a cache: as values, or as `CODES` with their scale."""
+    inside = column < WIDTH
+    target = cache_ptr + place * WIDTH + column
+    if CODES == "":
+        tl.store(target, x.to(cache_ptr.dtype.element_ty), mask=inside)
+    else:
+        coded = coded_row(x.to(tl.float32), CODES)
+        tl.store(target, coded[0], mask=inside)
+        tl.store(scales_ptr + place, coded[1])
+
+
+@triton.jit
 def rope_kv_write(
     q_ptr,
     k_ptr,
@@ -52,6 +67,8 @@ def rope_kv_write(
     k_cache_ptr,
     v_cache_ptr,
     slots_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     q_stride: tl.constexpr,
     k_stride: tl.constexpr,
     v_stride: tl.constexpr,
@@ -63,13 +80,15 @@ def rope_kv_write(
     FIRST: tl.constexpr,
     STYLE: tl.constexpr,
     TURNS: tl.constexpr,
+    CODES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """`llmc.rope`, `llmc.kv_write` and `llmc.rope_kv_write` in one. Grid (tokens, HEADS + 2 * KV_HEADS).
 
     Programs of a token: first its `HEADS` queries, rotated to dense `q_out[T, HEADS, D]`, then keys, rotated
     if `TURNS`, then values, both to slot `slots[t]` of caches `[slots, KV_HEADS, D or V]`, nothing at a
-    negative slot. Strides are in elements between tokens; heads are dense.
+    negative slot; `CODES` (int8, fp8) have scales `[slots, KV_HEADS]`. Strides are in elements between
+    tokens; heads are dense.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -92,10 +111,8 @@ def rope_kv_write(
                     position = tl.load(positions_ptr + token)
                     turned = rotated(source, position, inv_freq_ptr, scale, column, R, FIRST, STYLE)
                     x = tl.where(turned[1], turned[0].to(x.dtype), x)
-                target = k_cache_ptr + (slot * KV_HEADS + group) * D + column
-                tl.store(target, x.to(k_cache_ptr.dtype.element_ty), mask=column < D)
+                store_head(x, k_cache_ptr, k_scales_ptr, slot * KV_HEADS + group, column, D, CODES)
             else:
                 group = head - HEADS - KV_HEADS
                 x = tl.load(v_ptr + token * v_stride + group * V + column, mask=column < V, other=0.0)
-                target = v_cache_ptr + (slot * KV_HEADS + group) * V + column
-                tl.store(target, x.to(v_cache_ptr.dtype.element_ty), mask=column < V)
+                store_head(x, v_cache_ptr, v_scales_ptr, slot * KV_HEADS + group, column, V, CODES)

@@ -56,7 +56,7 @@ def penalised(x, token, inside, row, at, ahead, state_ptr, counts_ptr, drafts_pt
     generated."""
     counts = tl.load(counts_ptr + row * V + token, mask=inside, other=0)
     generated = counts >> 1
-    for index in tl.range(0, ahead):
+    for index in tl.range(0, ahead):  # pyright: ignore[reportGeneralTypeIssues]
         generated += (token == tl.load(drafts_ptr + at - ahead + index)).to(tl.int32)
     repetition = real(state_ptr, row, _REPETITION).to(tl.float32)
     seen = (generated > 0) | ((counts & 1) != 0)

@@ -63,7 +63,7 @@ def open_pages(
     position = tl.load(positions_ptr + sequence)
     held = tables_ptr + tl.maximum(row, 0) * pages
     last_page = position // PAGE
-    for start in tl.range(0, last_page + 1, BLOCK):
+    for start in tl.range(0, last_page + 1, BLOCK):  # pyright: ignore[reportGeneralTypeIssues]
         index = start + tl.arange(0, BLOCK)
         page = tl.load(held + index, mask=index <= last_page, other=-1)
         page = tl.where(row >= 0, page, -1)
@@ -109,25 +109,21 @@ def settle(
     """
     segment = tl.program_id(0).to(tl.int64)
     first = tl.load(first_ptr + segment).to(tl.int64)
-    count = tl.load(count_ptr + segment)
     row = tl.load(row_of_ptr + first).to(tl.int64)
-    result = results_ptr + segment * width
+    result, record = results_ptr + segment * width, state_ptr + row * _WORDS
     if row >= 0:
-        record = state_ptr + row * _WORDS
         failed = tl.load(record + _HAS_FAILED).to(tl.int32)
         uses_counts = (tl.load(record + _USES) & 2) != 0
         is_random = real(state_ptr, row, _TEMPERATURE).to(tl.float32) != 0.0
         chunk = tl.arange(0, CHUNK_BLOCK)
-        num_taken = tl.full([], 0, tl.int32)
-        last = tl.full([], 0, tl.int32)
+        num_taken, last = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
         going = tl.full([], 1, tl.int32)
-        for index in tl.range(0, count):
+        for index in tl.range(0, tl.load(count_ptr + segment)):
             at = first + index
             found = best_of_row(best_ptr, place_ptr, at, CHUNKS, CHUNK_BLOCK)
             token = found[1]
             if is_random:
-                drawn = best_of_row(score_ptr, drawn_ptr, at, CHUNKS, CHUNK_BLOCK)
-                token = drawn[1]
+                token = best_of_row(score_ptr, drawn_ptr, at, CHUNKS, CHUNK_BLOCK)[1]
             bad = tl.max(tl.load(bad_ptr + at * CHUNKS + chunk, mask=chunk < CHUNKS, other=0), 0)
             usable = ((bad == 0) & (found[0] > -float("inf"))).to(tl.int32)
             failed = failed | (going & (1 - usable))

@@ -23,6 +23,8 @@ _NAMES = (
     "gated_activation_packed",
     "rope",
     "kv_write",
+    "moe",
+    "quantized_moe",
     "rope_kv_write",
     "paged_attention",
 )

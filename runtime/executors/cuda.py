@@ -1,31 +1,54 @@
-"""The CUDA executor: an artifact's compiled kernels on one GPU, launched one by one, sampled by the oracle
-sampler."""
+"""The CUDA executor: an artifact's compiled kernels on one GPU. Decode steps are replayed, others launched
+kernel by kernel; both sample on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from ...artifact.cuda import CUDA_UNIT, CudaUnit, decode_unit
+from ...artifact.cuda import CUDA_UNIT, ArenaPlan, CudaUnit, decode_unit
 from ...artifact.reader import Artifact
 from ...artifact.schema import PROGRAM
 from ...ir.document import decode_program
 from ...ir.weights import Source, WeightStore
 from ...kernels.cuda.launch import Launcher
+from ...kernels.cuda.sampler import DeviceSampler, make_space, space_bytes, table_bytes
+from ...spec.cache import CacheLayout
 from ...spec.errors import TargetError
 from ..config import RuntimeConfig
-from ..page_budget import demand_of, num_pages
+from ..page_budget import CacheDemand, bytes_of, demand_of, num_pages
 from ..protocol import ExecutorCaps
+from .cuda_decode import DecodeGraphs, Recorder
+from .cuda_device import Device
 from .cuda_driver import CudaDriver
+from .cuda_executor import CudaExecutor
+from .cuda_graphs import record
 from .cuda_kernels import CudaKernels
 from .cuda_model import CudaModel
-from .stepped import OracleSampled, SteppedExecutor
+from .cuda_rows import DeviceRows
 
 _DEVICE = "cuda:0"
+# Of the device's memory beside weights, tables and arenas, what the cache takes at most: launched steps take
+# theirs from torch.
+_CACHE_SHARE = 0.85
+# Steps enqueued at a time: while one runs, the next is planned.
+_IN_FLIGHT = 2
 
 
-def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What an executor runs on: a device, what carries launches out and what records them (None: nothing
+    does), and the bytes that are free on it."""
+
+    device: Device
+    launcher: Launcher
+    recorder: Recorder | None
+    free_bytes: int
+    details: dict[str, str]
+
+
+def open_executor(artifact: Artifact, config: RuntimeConfig) -> CudaExecutor:
     """The executor of an artifact of target kind `cuda`; its weights are copied to the device.
 
     Raises TargetError where there is no GPU, none that its kernels run on, or too little of its memory free.
@@ -42,43 +65,45 @@ def open_executor(artifact: Artifact, config: RuntimeConfig) -> SteppedExecutor:
     free_bytes, _ = torch.cuda.mem_get_info(_DEVICE)
     capability = torch.cuda.get_device_capability(_DEVICE)
     torch.zeros(1, device=_DEVICE)  # makes torch's context the current one
-    stream: Callable[[], int] = lambda: torch.cuda.current_stream(_DEVICE).cuda_stream  # noqa: E731
-    kernels = CudaKernels(artifact, unit, capability, CudaDriver(), stream)
-    details = {"device": torch.cuda.get_device_name(_DEVICE), "kernels": kernels.architecture}
-    return make_executor(artifact, config, kernels, _DEVICE, free_bytes, details)
+    device, driver = Device(_DEVICE), CudaDriver()
+    kernels = CudaKernels(artifact, unit, capability, driver, lambda: device.stream)
+    machine = Machine(
+        device=device,
+        launcher=kernels,
+        recorder=lambda work: record(driver, device.stream, work),
+        free_bytes=free_bytes,
+        details={"device": torch.cuda.get_device_name(_DEVICE), "kernels": kernels.architecture},
+    )
+    return make_executor(artifact, config, machine)
 
 
-def make_executor(
-    artifact: Artifact,
-    config: RuntimeConfig,
-    launcher: Launcher,
-    device: str,
-    free_bytes: int,
-    details: dict[str, str],
-) -> SteppedExecutor:
-    """An executor over any launcher. Raises TargetError when weights and cache need more than
-    `free_bytes`."""
+def make_executor(artifact: Artifact, config: RuntimeConfig, machine: Machine) -> CudaExecutor:
+    """An executor on any machine. Raises TargetError when what it needs is more than there is, before
+    anything is loaded."""
     spec, layout = artifact.manifest.spec, artifact.manifest.cache
     unit = decode_unit(artifact.read_bytes(CUDA_UNIT))
     document = decode_program(artifact.read_bytes(PROGRAM))
     names = {str(node.target) for node in document.graph.nodes if node.op == "get_attr"}
     store = _stored(artifact, unit, names)
-    if store.total_bytes > free_bytes:
-        raise TargetError(
-            "cuda.memory",
-            "The model does not fit into the GPU's memory.",
-            f"Its weights take {store.total_bytes} bytes, and {free_bytes} are free.",
-            "Compile it with fewer bits, or free the device of other processes.",
-        )
-    weights = {name: store.evaluate(name).to(device) for name in names}
     demand = demand_of(config, spec.max_context)
-    pages = num_pages(layout, demand, config.cache_bytes, free_bytes - store.total_bytes)
+    plans = _plans(unit, config, machine)
+    lengths = tuple(group.pages_for(demand.max_model_len) for group in layout.groups)
+    fixed = {
+        "weights": store.total_bytes,
+        "rows of requests": table_bytes(config.max_requests, spec.vocab_size, lengths)
+        + space_bytes(max([config.max_requests, *(plan.rows for plan in plans)]), spec.vocab_size),
+        "recorded steps": max((plan.num_bytes for plan in plans), default=0),
+    }
+    free_bytes = machine.free_bytes - sum(fixed.values())
+    pages = _pages(layout, demand, config, fixed, free_bytes)
+    device = machine.device
+    weights = {name: store.evaluate(name).to(device.name) for name in names}
     model = CudaModel(
         document.graph,
         weights.__getitem__,
         layout,
         pages,
-        launcher=launcher,
+        launcher=machine.launcher,
         device=device,
         max_tokens=config.max_step_tokens,
     )
@@ -88,12 +113,87 @@ def make_executor(
         max_context=spec.max_context,
         max_rows=config.max_requests,
         max_tokens=config.max_step_tokens,
-        max_in_flight=1,
+        max_in_flight=_IN_FLIGHT,
         cache=layout,
         num_blocks=pages,
-        details=details,
+        details=machine.details,
     )
-    return SteppedExecutor(OracleSampled(model), caps)
+    at_load = () if artifact.manifest.capture is None else artifact.manifest.capture.at_load
+    return executor_around(model, caps, config, machine, demand.max_model_len, plans, at_load)
+
+
+def executor_around(
+    model: CudaModel,
+    caps: ExecutorCaps,
+    config: RuntimeConfig,
+    machine: Machine,
+    max_length: int,
+    plans: tuple[ArenaPlan, ...],
+    at_load: tuple[int, ...],
+) -> CudaExecutor:
+    """Rows, space and graphs around a model; the graphs of `at_load` recorded."""
+    device, sampler = machine.device, DeviceSampler(machine.launcher)
+    rows = DeviceRows(
+        device,
+        sampler,
+        caps.cache,
+        num_rows=config.max_requests,
+        vocab_size=caps.vocab_size,
+        max_length=max_length,
+    )
+    most = max([config.max_requests, *(plan.rows for plan in plans)])
+    space = make_space(device.zeros, most, caps.vocab_size)
+    results = device.zeros((most, 2 + config.draft_tokens), "int32")
+    device.settle()
+    graphs = None
+    if plans and machine.recorder is not None:
+        graphs = DecodeGraphs(
+            model,
+            rows.tables,
+            space,
+            results,
+            device=device,
+            launcher=machine.launcher,
+            recorder=machine.recorder,
+            plans=plans,
+        )
+        for bucket in graphs.buckets:
+            if bucket in at_load:
+                graphs.graph(bucket, filtered=False)
+    return CudaExecutor(
+        model, rows, caps, device, sampler=sampler, space=space, results=results, graphs=graphs
+    )
+
+
+def _plans(unit: CudaUnit, config: RuntimeConfig, machine: Machine) -> tuple[ArenaPlan, ...]:
+    """The steps that may be recorded: up to the first that holds all requests."""
+    if machine.recorder is None or not config.device_graphs:
+        return ()
+    smaller = [plan for plan in unit.arenas if plan.rows < config.max_requests]
+    return unit.arenas[: len(smaller) + 1]
+
+
+def _pages(
+    layout: CacheLayout,
+    demand: CacheDemand,
+    config: RuntimeConfig,
+    fixed: dict[str, int],
+    free_bytes: int,
+) -> tuple[int, ...]:
+    """Pages of the cache in what is left. Raises TargetError with a table of what needs how much."""
+    least = bytes_of(layout, demand.pages_per_sequence(layout))
+    wanted = config.cache_bytes or least
+    if wanted <= free_bytes:
+        return num_pages(layout, demand, config.cache_bytes, free_bytes, _CACHE_SHARE)
+    needs = fixed | {"cache": wanted}
+    listed = ", ".join(f"{name} {size:,}" for name, size in needs.items())
+    raise TargetError(
+        "cuda.memory",
+        "The model does not fit into the GPU's memory.",
+        f"It needs {sum(needs.values()):,} bytes ({listed}), "
+        f"and {free_bytes + sum(fixed.values()):,} are free.",
+        "Lower cache_bytes, max_model_len or max_requests, compile with fewer bits, or end other processes.",
+    )
 
 
 def _stored(artifact: Artifact, unit: CudaUnit, names: set[str]) -> WeightStore:

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...spec.errors import TargetError
+from ...spec.errors import DeviceLostError, TargetError
 
 _DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_BYTES_PER_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _UNASKED_SHARED_BYTES = 48 << 10
+# Errors after which the context is of no use: an uncorrectable memory error, and what a kernel can do wrong
+# (illegal address, assertion, hardware stack, instruction, alignment, address space, counter, launch),
+# unknown.
+_LOST = frozenset({214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999})
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -54,10 +58,10 @@ class CudaDriver:
                 "Install NVIDIA's driver, or compile the model with --target cpu.",
             ) from error
         self._modules: list[ctypes.c_void_p] = []
-        self._call("cuInit", 0)
+        self.call("cuInit", 0)
         handle, most = ctypes.c_int(), ctypes.c_int()
-        self._call("cuDeviceGet", ctypes.byref(handle), device)
-        self._call("cuDeviceGetAttribute", ctypes.byref(most), _SHARED_BYTES_PER_BLOCK, handle)
+        self.call("cuDeviceGet", ctypes.byref(handle), device)
+        self.call("cuDeviceGetAttribute", ctypes.byref(most), _SHARED_BYTES_PER_BLOCK, handle)
         self._most_shared_bytes = most.value
 
     def load(
@@ -73,11 +77,11 @@ class CudaDriver:
                 name, f"it needs {shared_bytes} bytes of shared memory of {self._most_shared_bytes}"
             )
         module, handle = ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(code))
+        self.call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(code))
         self._modules.append(module)
-        self._call("cuModuleGetFunction", ctypes.byref(handle), module, name.encode())
+        self.call("cuModuleGetFunction", ctypes.byref(handle), module, name.encode())
         if shared_bytes > _UNASKED_SHARED_BYTES:
-            self._call("cuFuncSetAttribute", handle, _DYNAMIC_SHARED_BYTES, shared_bytes)
+            self.call("cuFuncSetAttribute", handle, _DYNAMIC_SHARED_BYTES, shared_bytes)
         self._check_parameters(handle, name, sizes)
         return Function(handle=handle, threads=32 * warps, shared_bytes=shared_bytes)
 
@@ -96,7 +100,7 @@ class CudaDriver:
         )
         passed = [*parameters, ctypes.c_void_p(), ctypes.c_void_p()]
         addresses = (ctypes.c_void_p * len(passed))(*(ctypes.addressof(value) for value in passed))
-        self._call("cuLaunchKernelEx", ctypes.byref(config), function.handle, addresses, None)
+        self.call("cuLaunchKernelEx", ctypes.byref(config), function.handle, addresses, None)
 
     def _check_parameters(self, handle: ctypes.c_void_p, name: str, sizes: Sequence[int]) -> None:
         offset, size = ctypes.c_size_t(), ctypes.c_size_t()
@@ -109,18 +113,49 @@ class CudaDriver:
         if found != list(sizes):
             raise _refused(name, f"its parameters have {found} bytes, and a launch passes {list(sizes)}")
 
-    def _call(self, function: str, *arguments: Any) -> None:
-        code = getattr(self._library, function)(*arguments)
-        if code:
-            text = ctypes.c_char_p()
-            self._library.cuGetErrorString(code, ctypes.byref(text))
-            reason = (text.value or b"an unknown error").decode()
+    def require(self, toolkit: str) -> None:
+        """Raises TargetError where the driver is older than the toolkit (such as 12.8) whose assembler made
+        the kernels: any driver of its generation, or a newer one, runs them."""
+        version = ctypes.c_int()
+        self.call("cuDriverGetVersion", ctypes.byref(version))
+        needed = int(toolkit.partition(".")[0])
+        if version.value // 1000 < needed:
             raise TargetError(
-                "cuda.driver",
-                "The GPU's driver reported an error.",
-                f"{function} failed with code {code}: {reason}.",
-                "Check the device with nvidia-smi and start again; an artifact cannot cause this by itself.",
+                "cuda.old_driver",
+                "The driver of this machine is too old for the artifact's kernels.",
+                f"It supports CUDA {version.value // 1000}.{version.value % 1000 // 10}, and they were made "
+                f"with CUDA {toolkit}.",
+                f"Install a driver for CUDA {needed}.0 or newer.",
             )
+
+    def call(self, function: str, *arguments: Any) -> None:
+        """Call a function of the driver. Raises TargetError with the driver's reason when it fails, and
+        DeviceLostError where no other call will work after it."""
+        code = getattr(self._library, function)(*arguments)
+        if not code:
+            return
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorString(code, ctypes.byref(text))
+        reason = f"{function} failed with code {code}: {(text.value or b'an unknown error').decode()}."
+        if code in _LOST:
+            raise lost_device(reason)
+        raise TargetError(
+            "cuda.driver",
+            "The GPU's driver reported an error.",
+            reason,
+            "Check the device with nvidia-smi and start again; an artifact cannot cause this by itself.",
+        )
+
+
+def lost_device(reason: str) -> DeviceLostError:
+    """What to raise when a step broke the device's context."""
+    return DeviceLostError(
+        "cuda.device_lost",
+        "The GPU failed in a step.",
+        reason,
+        "The requests of that step are lost, and a server starts its engine again. If it happens again, "
+        "check the device with nvidia-smi.",
+    )
 
 
 def _refused(name: str, why: str) -> TargetError:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...artifact.cuda import CudaKernel, CudaUnit
 from ...artifact.reader import Artifact
-from ...kernels.cuda.launch import Launch
+from ...kernels.cuda.launch import Launch, Specialisation
 from ...spec.errors import InternalError, TargetError
 from .cuda_driver import CudaDriver, Function
 
@@ -55,8 +55,11 @@ class CudaKernels:
         is_native = int(self.architecture.removeprefix("sm_")) // 10 == capability[0]
         self._driver = driver
         self._stream = stream
+        # Making a key takes longer than a launch.
+        self._keys: dict[Specialisation, str] = {}
         self._kernels = {k.key: k for k in unit.kernels if k.architecture == self.architecture}
-        self._functions = {
+        driver.require(max((k.toolkit for k in self._kernels.values()), key=_numbers))
+        self.functions = {
             key: load_kernel(driver, kernel, artifact.read_bytes(kernel.file if is_native else kernel.ptx))
             for key, kernel in self._kernels.items()
         }
@@ -65,7 +68,9 @@ class CudaKernels:
         """Enqueue it. Raises InternalError for a kernel that the artifact does not have."""
         if 0 in launch.grid:
             return
-        key = launch.specialisation.key
+        key = self._keys.get(launch.specialisation)
+        if key is None:
+            key = self._keys.setdefault(launch.specialisation, launch.specialisation.key)
         if key not in self._kernels:
             raise InternalError(
                 "cuda.kernel_missing",
@@ -76,7 +81,11 @@ class CudaKernels:
         parameters = [
             parameter_value(name, kind, launch.values[name]) for name, kind in self._kernels[key].parameters
         ]
-        self._driver.launch(self._functions[key], launch.grid, self._stream(), parameters)
+        self._driver.launch(self.functions[key], launch.grid, self._stream(), parameters)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def load_kernel(driver: CudaDriver, kernel: CudaKernel, code: bytes) -> Function:

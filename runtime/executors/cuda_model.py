@@ -3,18 +3,19 @@ tensors and steps; nothing of requests and sampling."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, fx
 
 from ...ir import ops
 from ...ir.interpret import interpret
-from ...ir.paged import allocate_caches, k_cache_name, step_inputs, v_cache_name
+from ...ir.paged import allocate_caches, cache_names, step_inputs
 from ...kernels.cuda.launch import Launcher
 from ...kernels.cuda.operators import CudaOperators
 from ...kernels.cuda.substitution import substitute
 from ...spec.cache import CacheLayout
 from ..protocol import BlockCopy
+from .cuda_device import Device
 from .reference_model import without_head
 from .tiles import SequencePart, TileLogits, split_tiles
 
@@ -36,7 +37,7 @@ class CudaModel:
         num_pages: Sequence[int],
         *,
         launcher: Launcher,
-        device: str,
+        device: Device,
         max_tokens: int,
     ) -> None:
         self._layout = layout
@@ -44,9 +45,15 @@ class CudaModel:
         self._device = device
         self._max_tokens = max_tokens
         caches = allocate_caches(layout, num_pages)
-        self._caches = {name: cache.to(device) for name, cache in caches.items()}
+        self._caches = {name: cache.to(device.name) for name, cache in caches.items()}
+        self._graph = graph
         self._whole = substitute(graph, CudaOperators(launcher))
         self._body = without_head(self._whole)
+
+    @property
+    def layout(self) -> CacheLayout:
+        """Of the caches."""
+        return self._layout
 
     def run(self, sequences: Sequence[SequencePart]) -> Iterator[TileLogits]:
         """Runs one step, writing K and V of every token; yields the logits that `wanted` of each sequence
@@ -54,12 +61,30 @@ class CudaModel:
         for tile in split_tiles(sequences, self._max_tokens):
             parts = [part for _, _, part in tile]
             owners = tuple((index, offset + token) for index, offset, part in tile for token in part.wanted)
-            inputs = {
-                name: value.to(self._device) for name, value in step_inputs(self._layout, parts).items()
-            }
-            logits = interpret(self._whole if owners else self._body, inputs | self._caches, self._weight)
-            if owners:
-                yield TileLogits(owners=owners, logits=logits.float().cpu().numpy())
+            with self._device.scope():
+                logits = self.forward(parts, lambda ids: None)
+                values = None if logits is None else logits.float().cpu().numpy()
+            if values is not None:
+                yield TileLogits(owners=owners, logits=values)
+
+    def forward(self, parts: Sequence[SequencePart], fill: Callable[[Tensor], None]) -> Tensor | None:
+        """Enqueues one step of at most `max_tokens` tokens; the wanted logits on the device, None where none
+        are. `fill` may change the ids, which are there already."""
+        inputs = {
+            name: value.to(self._device.name) for name, value in step_inputs(self._layout, parts).items()
+        }
+        fill(inputs["input_ids"])
+        has_head = any(part.wanted for part in parts)
+        logits = self.compute(self._whole if has_head else self._body, inputs)
+        return logits if has_head else None
+
+    def decode(self, inputs: Mapping[str, Tensor], operators: CudaOperators) -> Tensor:
+        """Logits of a step whose inputs are on the device, by `operators`."""
+        return self.compute(substitute(self._graph, operators), inputs)
+
+    def compute(self, graph: fx.Graph, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Enqueues `graph`, which may be a part of the model's."""
+        return interpret(graph, {**inputs, **self._caches}, self._weight)
 
     def close(self) -> None:
         """Give the caches back. Idempotent."""
@@ -67,7 +92,12 @@ class CudaModel:
 
     def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
         """Copies physical pages within their groups, in order."""
+        with self._device.scope():
+            self._copy_pages(copies)
+
+    def _copy_pages(self, copies: Sequence[BlockCopy]) -> None:
         for copy in copies:
-            for layer in self._layout.groups[copy.group].layers:
-                for name in (k_cache_name(layer), v_cache_name(layer)):
+            group = self._layout.groups[copy.group]
+            for layer in group.layers:
+                for name in cache_names(group, layer):
                     self._caches[name][copy.target] = self._caches[name][copy.source]

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import sys
 from collections.abc import Sequence
 
 import msgspec
 
-from ...spec.errors import InternalError, LlmcError
+from ...spec.errors import DeviceLostError, InternalError, LlmcError
 from ..config import RuntimeConfig
 from ..llm import LLM
 from ..load import StartLedger, load
@@ -20,6 +21,8 @@ from .messages import Command, EngineSnapshot, Event, News, NotReady, Ready
 from .wire import frame, read_frame
 
 _REPORT_S = 0.25
+# The exit code of a process whose device failed; nothing of it can be shut down in order.
+DEVICE_LOST = 5
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,6 +55,9 @@ async def host_engine(llm: LLM, connection: socket.socket, seconds: dict[str, fl
         """Keeps the parent's picture true while nothing is said."""
         while True:
             await asyncio.sleep(_REPORT_S)
+            if isinstance(llm.failure, DeviceLostError):
+                # The parent sees the process die, and starts another from the artifact.
+                os._exit(DEVICE_LOST)
             if [channel.snapshot()] != last:
                 tell(())
 

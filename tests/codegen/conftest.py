@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
+import llmc
+from llmc.artifact.reader import open_unchecked
 from llmc.compiler.trace import trace_config
 from llmc.models.families import FAMILIES
 from llmc.passes.base import PassContext
 from llmc.passes.manager import run_passes
 from llmc.passes.pipeline import canonicalise, fuse
 from llmc.passes.probe import logits_of, with_random_weights
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def cuda_artifact(tmp_path_factory, stories_1m):
+    """The small bundled model with int4 matrices, for one architecture."""
+    pytest.importorskip("triton")
+    path = tmp_path_factory.mktemp("cuda") / "model.llmc"
+    llmc.compile(stories_1m, quant="int4", target="cuda:sm_90", output=path, verify="structure")
+    return open_unchecked(path)
+
+
+@pytest.fixture(scope="session")
+def cuda_stub(tmp_path_factory):
+    """The stub driver, and the file that it writes launches to."""
+    from stub_device import COMPILER, build_stub
+
+    if COMPILER is None:
+        pytest.skip("there is no C compiler")
+    return build_stub(tmp_path_factory.mktemp("stub"))
 
 
 @pytest.fixture(scope="session")

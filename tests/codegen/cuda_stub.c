@@ -1,12 +1,13 @@
 // A driver library without a GPU: loads what the real one would load, knows its kernels' parameters from their
-// files, and writes each launch as a line to the file that LLMC_CUDA_STUB_LOG names.
+// files, writes each launch as a line to the file that LLMC_CUDA_STUB_LOG names, records launches as graphs, and
+// gives launches that are carried out to a function that llmc_stub_execute sets.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 typedef int Result;
-enum { OK = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, NOT_FOUND = 500 };
+enum { OK = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
 
 struct Function {
   char name[256];
@@ -33,7 +34,11 @@ static FILE *record(void) {
   return file;
 }
 
+static int driver_version = 12080;
+void llmc_stub_driver(int version) { driver_version = version; }
+
 Result cuInit(unsigned flags) { return flags ? INVALID_VALUE : OK; }
+Result cuDriverGetVersion(int *version) { return *version = driver_version, OK; }
 Result cuDeviceGet(int *device, int index) { return *device = index, OK; }
 Result cuDeviceGetAttribute(int *value, int attribute, int device) {
   (void)device;
@@ -41,7 +46,7 @@ Result cuDeviceGetAttribute(int *value, int attribute, int device) {
   return OK;
 }
 Result cuGetErrorString(Result code, const char **text) {
-  *text = code == INVALID_IMAGE ? "device kernel image is invalid" : code == NOT_FOUND ? "named symbol not found" : "error";
+  *text = code == INVALID_IMAGE ? "device kernel image is invalid" : code == NOT_FOUND ? "named symbol not found" : code == ILLEGAL_ADDRESS ? "an illegal memory access was encountered" : "error";
   return OK;
 }
 Result cuModuleLoadData(void **module, const void *image) {
@@ -93,6 +98,61 @@ Result cuFuncSetAttribute(struct Function *function, int attribute, int value) {
   return OK;
 }
 
+typedef void (*Execute)(struct Function *function, const unsigned *grid, const uint64_t *values, int count);
+struct Launch {
+  struct Function *function;
+  unsigned grid[3];
+  uint64_t values[64];
+};
+struct Graph {
+  int count, room;
+  struct Launch *launches;
+};
+
+static Execute execute;
+static struct Graph *recording;
+static int fails_after = -1;
+
+void llmc_stub_execute(Execute with) { execute = with; }
+void llmc_stub_fail_after(int launches) { fails_after = launches; }
+
+static Result carry_out(const struct Launch *launch) {
+  if (fails_after >= 0 && fails_after-- == 0) return ILLEGAL_ADDRESS;
+  if (execute) execute(launch->function, launch->grid, launch->values, launch->function->count);
+  return OK;
+}
+
+Result cuStreamBeginCapture_v2(void *stream, int mode) {
+  (void)stream;
+  if (recording || mode != 2) return INVALID_VALUE;
+  recording = calloc(1, sizeof *recording);
+  return OK;
+}
+Result cuStreamEndCapture(void *stream, struct Graph **graph) {
+  (void)stream;
+  if (!recording) return INVALID_VALUE;
+  *graph = recording;
+  recording = NULL;
+  return OK;
+}
+Result cuGraphInstantiateWithFlags(struct Graph **instance, struct Graph *graph, unsigned long long flags) {
+  if (flags) return INVALID_VALUE;
+  *instance = malloc(sizeof **instance);
+  **instance = *graph;
+  return OK;
+}
+Result cuGraphDestroy(struct Graph *graph) { return free(graph), OK; }
+Result cuGraphExecDestroy(struct Graph *graph) { return free(graph->launches), free(graph), OK; }
+Result cuGraphLaunch(struct Graph *graph, void *stream) {
+  if (recording) return INVALID_VALUE;
+  fprintf(record(), "replay %d %p\n", graph->count, stream);
+  for (int i = 0; i < graph->count; ++i) {
+    Result result = carry_out(graph->launches + i);
+    if (result) return result;
+  }
+  return OK;
+}
+
 Result cuLaunchKernelEx(const struct Config *config, struct Function *function, void **values, void **extra) {
   (void)extra;
   fprintf(record(), "launch %s %u,%u,%u %u %u %p", function->name, config->grid[0], config->grid[1],
@@ -104,5 +164,15 @@ Result cuLaunchKernelEx(const struct Config *config, struct Function *function, 
       fprintf(record(), " %d", *(int32_t *)values[i]);
   }
   fputc('\n', record());
+  struct Launch launch = {.function = function};
+  memcpy(launch.grid, config->grid, sizeof launch.grid);
+  for (int i = 0; i < function->count; ++i)
+    launch.values[i] = function->size[i] == 8 ? *(uint64_t *)values[i] : *(uint32_t *)values[i];
+  if (!recording) return carry_out(&launch);
+  if (recording->count == recording->room) {
+    recording->room = 2 * recording->room + 64;
+    recording->launches = realloc(recording->launches, recording->room * sizeof launch);
+  }
+  recording->launches[recording->count++] = launch;
   return OK;
 }

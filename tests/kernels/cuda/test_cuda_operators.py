@@ -59,6 +59,38 @@ def test_quantized_linear_and_embedding(operators, scheme, m, n, k, dtype):
     assert torch.equal(rows, torch.ops.llmc.quantized_embedding(ids, *codes, scheme, k, name))
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize(
+    ("scheme", "activation"),
+    [
+        ("int8_channel", "int8_token"),
+        ("int8_g32", "int8_token"),
+        ("fp8_channel", "fp8_token"),
+        ("fp8_channel", "fp8_static"),
+    ],
+)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 70, 256), (19, 33, 160)])
+def test_products_with_rounded_rows(operators, scheme, activation, m, n, k, dtype):
+    codes = quantize_rtn(torch.randn(n, k), parse_scheme(scheme))
+    x = torch.randn(m, k).to(dtype) * torch.logspace(-3, 3, m)[:, None].to(dtype)
+    x[-1, :] = 0
+    static = torch.tensor([0.01]) if activation == "fp8_static" else None
+    bias = torch.randn(n).to(dtype)
+    settings = (bias, scheme, activation, static)
+    found = operators.quantized_linear(x, *codes, *settings)
+    expected = torch.ops.llmc.quantized_linear(x, *codes, *settings)
+    close(found, expected, 2e-2 if dtype == BF16 else 1e-4)
+
+
+def test_a_row_that_is_not_finite_stays_so(operators):
+    codes = quantize_rtn(torch.randn(16, 64), parse_scheme("int8_channel"))
+    x = torch.randn(2, 64)
+    x[1, 3] = float("inf")
+    found = operators.quantized_linear(x, *codes, None, "int8_channel", "int8_token")
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
+
+
 @pytest.mark.parametrize(("width", "words"), [(128, 32), (16, 16), (100, 32)])
 def test_words_hold_every_code(width, words):
     codes = torch.randint(0, 256, (5, width), dtype=torch.uint8)
@@ -131,6 +163,48 @@ def test_rope_and_the_write_into_the_cache(operators, style, turning, tail):
     operators.kv_write(k, v, *again, slots)
     assert torch.equal(again[1], caches[1])
     assert torch.equal(again[0][0, 3], k[0])
+
+
+@pytest.mark.parametrize("form", [torch.int8, torch.float8_e4m3fn])
+def test_a_cache_of_codes_is_written_as_the_reference_writes_it(operators, form):
+    tokens, groups, width, page = 6, 2, 24, 4
+    k, v = (torch.randn(tokens, groups, width).to(BF16) * 3 for _ in range(2))
+    k[3], v[4, 0, 5] = 0, float("nan")
+    positions, slots = torch.arange(tokens), torch.tensor([3, 9, -1, 31, 0, 12])
+    inv_freq = 1e4 ** -(torch.arange(0, width, 2) / width)
+    q = torch.randn(tokens, 4, width).to(BF16)
+
+    def caches():
+        codes = [torch.zeros(8, page, groups, width).to(form) for _ in range(2)]
+        return codes, [torch.full((8, page, groups), 7.0) for _ in range(2)]
+
+    (ours, scales), (theirs, their_scales) = caches(), caches()
+    settings = (positions, inv_freq, 1.0, "half", False)
+    operators.rope_kv_write(q, k, v, *settings, *ours, slots, *scales)
+    torch.ops.llmc.rope_kv_write(q, k, v, *settings, *theirs, slots, *their_scales)
+    for found, expected in zip(scales, their_scales, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-2, equal_nan=True)
+    again, again_scales = caches()
+    operators.kv_write(k, v, *again, slots, *again_scales)
+    plain, plain_scales = caches()
+    torch.ops.llmc.kv_write(k, v, *plain, slots, *plain_scales)
+    for found, expected in zip([*again, *again_scales], [*plain, *plain_scales], strict=True):
+        assert torch.allclose(found.float(), expected.float(), rtol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("news", [[5, 37, 1, 2], [1, 1, 1, 1]])
+def test_attention_over_a_cache_of_codes(operators, form, news):
+    q, k, v, *rest = paged_case([5, 90, 33, 20], news, 6, 2, 32, BF16)
+    scales = [torch.rand(k.shape[:3]) * 0.02 + 0.001 for _ in range(2)]
+    codes = [(t.float() * 40).round().clamp(-127, 127).to(form) for t in (k, v)]
+    settings = (None, 32**-0.5, 0, 0.0, 0, *scales)
+    expected = torch.ops.llmc.paged_attention(q, *codes, *rest, *settings)
+    table = rest[1]
+    for row, length in enumerate([5, 90, 33, 20]):  # what nobody sees may be anything
+        for each in scales:
+            each[table[row, (length - 1) // 16], (length - 1) % 16 + 1 :] = float("nan")
+    close(operators.paged_attention(q, *codes, *rest, *settings), expected, 3e-2)
 
 
 def paged_case(lengths, news, heads, groups, width, dtype):

@@ -28,10 +28,10 @@ def specialisation_of(work):
     return found[0]
 
 
-def words(group):
+def words(group, n=N):
     x = torch.empty(1, K, dtype=torch.bfloat16)
-    codes = torch.empty(N, K // 8, dtype=torch.int32)
-    scales = torch.empty(N, K // group, dtype=torch.float16)
+    codes = torch.empty(n, K // 8, dtype=torch.int32)
+    scales = torch.empty(n, K // group, dtype=torch.float16)
     return specialisation_of(
         lambda operators: operators.quantized_linear(x, codes, scales, None, None, f"int4_g{group}")
     )
@@ -79,12 +79,14 @@ def loop_length(cubin):
 @pytest.mark.parametrize(
     ("make", "weights_a_loop", "most"),
     [
-        (lambda: words(128), 128, 4.0),
-        (lambda: words(32), 128, 5.0),
+        # four blocks of 128 a turn of the loop
+        (lambda: words(128), 512, 3.4),
+        (lambda: words(128, n=28672), 512, 3.2),
+        (lambda: words(32), 512, 4.6),
         (dense, 128, 2.2),
         (code_bytes, 32, 12.5),
     ],
-    ids=["int4_g128", "int4_g32", "bf16", "int8_g32"],
+    ids=["int4_g128", "int4_g128_wide", "int4_g32", "bf16", "int8_g32"],
 )
 def test_instructions_a_weight(make, weights_a_loop, most):
     specialisation = make()

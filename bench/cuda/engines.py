@@ -1,0 +1,168 @@
+"""Whole engines over random weights: the same tokens whichever way a step runs, and what a token costs with
+everything around the step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from device import CompiledOnDemand
+
+import models
+from llmc.codegen.cuda.dry_walk import needs_of
+from llmc.codegen.cuda.words import stored_weights, word_weights
+from llmc.runtime.config import RuntimeConfig
+from llmc.runtime.engine import Engine
+from llmc.runtime.executors.cuda import Machine, executor_around
+from llmc.runtime.executors.cuda_device import Device
+from llmc.runtime.executors.cuda_executor import CudaExecutor
+from llmc.runtime.executors.cuda_graphs import record
+from llmc.runtime.executors.cuda_model import CudaModel
+from llmc.runtime.executors.stepped import SteppedExecutor
+from llmc.runtime.protocol import ExecutorCaps, RowDiff, SamplingState
+from llmc.runtime.request import Request
+
+SAMPLINGS = (
+    SamplingState(),
+    SamplingState(temperature=0.8, top_p=0.9, top_k=50, seed=11),
+    SamplingState(temperature=1.2, min_p=0.05, repetition_penalty=1.1, presence_penalty=0.4, seed=2**63 + 1),
+)
+
+
+def machine_of(launcher: CompiledOnDemand) -> Machine:
+    """The GPU; launches go to one stream, where they can be recorded."""
+    device = Device(models.DEVICE)
+    launcher.stream = lambda: device.stream
+    return Machine(
+        device=device,
+        launcher=launcher,
+        recorder=lambda work: record(launcher.driver, device.stream, work),
+        free_bytes=torch.cuda.mem_get_info(models.DEVICE)[0],
+        details={},
+    )
+
+
+class Served:
+    """A random model with an executor around it, as an artifact's. `pages` are its cache's."""
+
+    def __init__(self, shape: str, scheme: str, machine: Machine, config: RuntimeConfig, pages: int) -> None:
+        self.program, self.config = models.program_of(shape, scheme), config
+        assert self.program.cache is not None
+        words = word_weights(self.program)
+        names = list(self.program.used_weights())
+        stored = stored_weights({name: self.program.weights[name] for name in names}, words)
+        read = stored | {word.codes: stored[word.stored] for word in words}
+        self._arenas = needs_of(self.program, read).arenas
+        self._weights = models.random_weights(self.program)
+        self._machine, self._pages = machine, pages
+
+    def executor(self, *, graphs: bool) -> CudaExecutor:
+        """One over the weights, with caches of its own."""
+        layout, machine, config = self.program.cache, self._machine, self.config
+        assert layout is not None
+        assert self.program.capture is not None
+        pages = [self._pages for _ in layout.groups]
+        with machine.device.scope():
+            model = CudaModel(
+                self.program.graph,
+                self._weights.__getitem__,
+                layout,
+                pages,
+                launcher=machine.launcher,
+                device=machine.device,
+                max_tokens=config.max_step_tokens,
+            )
+            caps = ExecutorCaps(
+                name="cuda",
+                vocab_size=self.program.spec.vocab_size,
+                max_context=config.max_model_len or self.program.spec.max_context,
+                max_rows=config.max_requests,
+                max_tokens=config.max_step_tokens,
+                max_in_flight=2,
+                cache=layout,
+                num_blocks=tuple(pages),
+            )
+            smaller = [plan for plan in self._arenas if plan.rows < config.max_requests]
+            plans = self._arenas[: len(smaller) + 1] if graphs else ()
+            length = config.max_model_len or self.program.spec.max_context
+            return executor_around(model, caps, config, machine, length, plans, self.program.capture.at_load)
+
+
+def generated(executor, config: RuntimeConfig, prompts, samplings, count: int) -> tuple[dict, list[float]]:
+    """Tokens by request, and the seconds between ends of steps."""
+    engine = Engine(executor, config)
+    for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+        request = Request(
+            request_id=number, prompt_token_ids=tuple(prompt), max_tokens=count, sampling=sampling
+        )
+        engine.add_request(request)
+    tokens: dict[int, list[int]] = {number: [] for number in range(len(prompts))}
+    ends = [time.perf_counter()]
+    while engine.has_work():
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+        ends.append(time.perf_counter())
+    executor.apply(RowDiff(leave=tuple(range(config.max_requests))))
+    return tokens, [later - sooner for sooner, later in pairwise(ends)]
+
+
+def same_tokens(shape: str, scheme: str, machine: Machine, count: int = 24) -> dict:
+    """Replayed, launched and oracle-sampled steps, in a batch and alone: which of them give the same
+    tokens."""
+    config = RuntimeConfig(
+        max_requests=4, max_step_tokens=64, max_model_len=128, prefix_cache=False, draft_tokens=4
+    )
+    served = Served(shape, scheme, machine, config, pages=16)
+    prompts = [(3, 5, 7, 9, 11), (2, 4), (1, 8, 6)]
+    tokens: dict[str, object] = {}
+    with_graphs = served.executor(graphs=True)
+    tokens["replayed"], _ = generated(with_graphs, config, prompts, SAMPLINGS, count)
+    alone: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        found, _ = generated(with_graphs, config, [prompt], SAMPLINGS[index : index + 1], count)
+        alone[index] = found[0]
+    tokens["alone"] = alone
+    replayed = with_graphs.num_replayed
+    with_graphs.close()
+    launching = served.executor(graphs=False)
+    tokens["launched"], _ = generated(launching, config, prompts, SAMPLINGS, count)
+    caps = replace(launching.caps, max_in_flight=1)
+    stepped = SteppedExecutor(launching.model, caps)
+    tokens["oracle sampled"], _ = generated(stepped, config, prompts, SAMPLINGS, count)
+    launching.close()
+    same = {name: found == tokens["replayed"] for name, found in tokens.items()}
+    if not all(same.values()):
+        raise AssertionError(f"tokens differ: {tokens}")
+    return {"same": same, "replayed_steps": replayed, "tokens": count}
+
+
+def engine_rates(shape: str, scheme: str, machine: Machine) -> dict:
+    """Seconds a token with engine, sampling and results around it, and how long graphs took to record."""
+    config = RuntimeConfig(
+        max_requests=64, max_step_tokens=2048, max_model_len=2048, prefix_cache=False, draft_tokens=4
+    )
+    served = Served(shape, scheme, machine, config, pages=64 * 20 + 64)
+    began = time.perf_counter()
+    executor = served.executor(graphs=True)
+    found: dict = {
+        "load_graphs_s": time.perf_counter() - began,
+        "launches": served.program.capture.num_launches,
+    }
+    for batch, count in ((1, 200), (64, 100)):
+        prompts = [(1 + index, 2, 3, 4) for index in range(batch)]
+        sampling = [SAMPLINGS[0]] * batch
+        generated(executor, config, prompts, sampling, 8)
+        cpu = time.process_time()
+        _, seconds = generated(executor, config, prompts, sampling, count)
+        cpu = time.process_time() - cpu
+        steady = seconds[8:-2]
+        found[f"decode b{batch}"] = {
+            "ms_step": statistics.median(steady) * 1e3,
+            "tok_s": batch / statistics.median(steady),
+            "cpu_share": cpu / sum(seconds),
+        }
+    executor.close()
+    return found

@@ -1,0 +1,89 @@
+"""Plan which decode steps are recorded as graphs, so that a step is one call and not hundreds.
+
+    T = S = L = 1, 2, 4, 8, 16, 24, …    →    program.capture: 1, 2, 4, 8, 16, …, of these 1, 2, 4 at load
+
+The graph stays as it is; `program.capture` is set. Where a step's tensors lie is planned when code is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..ir.program import Program
+from ..spec.history import Decision
+from ..spec.plans import CapturePlan
+from .base import (
+    PAGED,
+    Contract,
+    Exact,
+    PassContext,
+    PassReport,
+    PassResult,
+    Stage,
+    expect_option,
+    option,
+)
+
+_SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+# Above these, tiles are full and finer steps buy little: TensorRT-LLM measured doubling to waste up to half.
+_LARGE_STEP = 64
+# Kernels of opening, sampling and settling a step (6 of them only where top_k or top_p occur), and what a
+# product of attention takes beside its node.
+_OWN_LAUNCHES = 17
+# From one launch to the next while recording, in Python, and for the driver to make it a node.
+_LAUNCH_S = 60e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CudaGraph:
+    """Say for which batch sizes decode steps are recorded and replayed (`cuda`)."""
+
+    name: ClassVar[str] = "cuda_graph"
+    stage: ClassVar[Stage] = Stage.plan
+    requires: ClassVar[frozenset[str]] = frozenset({PAGED})
+    provides: ClassVar[frozenset[str]] = frozenset()
+    contract: ClassVar[Contract] = Exact()
+
+    max_rows: int = option(
+        256,
+        "The largest batch that is recorded; larger ones are launched kernel by kernel.",
+        low=1,
+        high=1024,
+    )
+    load_seconds: float = option(
+        1.0, "What recording may take while loading; other sizes when first wanted.", low=0.0, high=60.0
+    )
+    expect: int = expect_option()
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """One match per batch size."""
+        if context.target.kind != "cuda":
+            return PassResult(program=program, report=PassReport(misses=(f"target {context.target.name}",)))
+        launches = _OWN_LAUNCHES + sum(node.op == "call_function" for node in program.graph.nodes)
+        rows = batch_sizes(self.max_rows)
+        fitting = int(self.load_seconds / (launches * _LAUNCH_S))
+        at_load = rows[:fitting]
+        plan = CapturePlan(
+            decode_rows=rows,
+            at_load=at_load,
+            num_launches=launches,
+            seconds=round(len(at_load) * launches * _LAUNCH_S, 3),
+        )
+        decision = Decision(
+            subject="decode steps",
+            choice=f"recorded for {', '.join(map(str, rows))} rows, {len(at_load)} of them at load",
+            reason=f"about {launches} launches a step; recording {len(at_load)} takes about "
+            f"{plan.seconds:g} s of {self.load_seconds:g}",
+        )
+        return PassResult(
+            program=program.replace(capture=plan),
+            report=PassReport(matches=len(rows), decisions=(decision,)),
+        )
+
+
+def batch_sizes(most: int) -> tuple[int, ...]:
+    """Sizes that every batch of up to `most` rows is filled up to: fine where a row costs, coarse above."""
+    sizes = [size for size in _SMALL if size < most]
+    sizes += range(_SMALL[-1] + _LARGE_STEP, most, _LARGE_STEP)
+    return (*sizes, most)

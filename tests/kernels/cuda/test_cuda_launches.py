@@ -1,0 +1,104 @@
+"""What operators launch: a kernel's parameters in the kernel's own order, which is how a driver takes them,
+all of its constants, and code for every architecture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmc.codegen.cuda.assemble import assemble
+from llmc.kernels.cuda.operators import CudaOperators
+from llmc.kernels.cuda.sampler import DeviceSampler, Samples, make_space, make_tables
+from llmc.spec.target import CUDA_ARCHITECTURES
+
+pytest.importorskip("triton")
+BF16 = torch.bfloat16
+
+
+def launched(work):
+    found = []
+    work(CudaOperators(found.append))
+    return found
+
+
+def products(operators):
+    x = torch.empty(3, 128, dtype=BF16)
+    scales = torch.empty(64, 4)
+    words, codes = torch.empty(64, 16, dtype=torch.int32), torch.empty(64, 128, dtype=torch.int8)
+    zeros = torch.empty(64, 4, dtype=torch.uint8)
+    operators.linear(x, torch.empty(64, 128, dtype=BF16), None)
+    operators.quantized_linear(x, words, scales, zeros, None, "int4_g32_asym")
+    operators.quantized_linear(x, codes, scales, None, None, "int8_g32")
+    operators.quantized_linear(x, codes, scales[:, :1], None, None, "int8_channel", "int8_token")
+
+
+def mixture(operators):
+    x, ids = torch.empty(3, 64, dtype=BF16), torch.zeros(3, 2, dtype=torch.int64)
+    weights = torch.empty(4, 64, 64, dtype=BF16), torch.empty(4, 64, 32, dtype=BF16)
+    operators.moe(x, ids, torch.empty(3, 2), *weights, None, None, "silu", False, 0.0, 0.0)
+
+
+def attention(operators):
+    q, cache = torch.empty(2, 4, 32, dtype=BF16), torch.empty(3, 16, 2, 32, dtype=BF16)
+    kv, slots = torch.empty(2, 2, 32, dtype=BF16), torch.zeros(2, dtype=torch.int64)
+    angles = (slots, torch.empty(16), 1.0, "half", False)
+    operators.rope_kv_write(q, kv, kv, *angles, cache, cache, slots)
+    table = torch.zeros(2, 3, dtype=torch.int64)
+    for starts in (torch.arange(3), torch.tensor([0, 2])):
+        operators.paged_attention(q, cache, cache, q, table, starts, slots, None, 1.0, 0, 0.0, 0)
+
+
+def coded_attention(operators):
+    q, kv = torch.empty(2, 4, 64, dtype=BF16), torch.empty(2, 2, 64, dtype=BF16)
+    slots, scales = torch.zeros(2, dtype=torch.int64), torch.empty(3, 16, 2)
+    angles = (slots, torch.empty(32), 1.0, "half", False)
+    table = torch.zeros(2, 3, dtype=torch.int64)
+    for form in (torch.int8, torch.float8_e4m3fn):
+        cache = torch.empty(3, 16, 2, 64, dtype=form)
+        operators.rope_kv_write(q, kv, kv, *angles, cache, cache, slots, scales, scales)
+        for starts in (torch.arange(3), torch.tensor([0, 2])):
+            settings = (starts, slots, None, 1.0, 0, 0.0, 0, scales, scales)
+            operators.paged_attention(q, cache, cache, q, table, *settings)
+
+
+def step(operators):
+    empty = lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype))  # noqa: E731
+    sampler = DeviceSampler(operators.launch)
+    tables, space = make_tables(empty, 4, 5000, (9,)), make_space(empty, 2, 5000)
+    row, ids = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    samples = Samples(
+        row_of=row, ahead=row, drafts=row, mask_of=row, masks=tables.banned, first=row, count=row
+    )
+    results = torch.zeros(2, 4, dtype=torch.int32)
+    for filtered in (False, True):
+        sampler.sample(torch.empty(2, 5000), samples, tables, space, results, filtered=filtered)
+    sampler.open_decode(row, tables, ids, ids, [(torch.zeros(2, 9, dtype=torch.int64), ids, 64)])
+    sampler.change_pages(torch.zeros(1, 3, dtype=torch.int32), tables.tables[0])
+    sampler.fill_ids(ids, row, tables.state)
+
+
+WORK = [products, mixture, attention, coded_attention, step]
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_launches_name_parameters_in_order(work):
+    from llmc.kernels.cuda.jit import kernel_function
+
+    for launch in launched(work):
+        specialisation = launch.specialisation
+        names = kernel_function(specialisation.kernel).arg_names
+        runtime = [name for name, _ in specialisation.types]
+        constants = [name for name, _ in specialisation.constants]
+        assert runtime == [name for name in names if name in runtime], specialisation.kernel
+        assert sorted([*runtime, *constants]) == sorted(names), specialisation.kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", CUDA_ARCHITECTURES)
+def test_kernels_compile_for_every_architecture_and_none_spills(architecture):
+    wanted = {each.specialisation: None for work in WORK for each in launched(work)}
+    machines = assemble([(specialisation, architecture) for specialisation in wanted])
+    for specialisation, machine in zip(wanted, machines, strict=True):
+        # Reducing the angles of a rotation takes an array of the library's; anything more would be a spill.
+        assert machine.stack_bytes <= (32 if "rope" in specialisation.kernel else 0), specialisation
+        assert machine.shared_bytes <= 99 << 10, specialisation

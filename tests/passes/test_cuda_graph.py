@@ -1,0 +1,56 @@
+"""The plan of recorded steps: what the pass says of a program, which sizes, and what it leaves alone."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmc.ir.printer import print_program
+from llmc.passes.base import PassContext
+from llmc.passes.cuda_graph import CudaGraph, batch_sizes
+from llmc.passes.kv_layout import KvLayout
+from llmc.passes.manager import run_passes
+from llmc.passes.paged_attention import PagedAttention
+from llmc.spec.target import parse_target
+
+
+def planned(toy, target="cuda", **options):
+    context = PassContext(target=parse_target(target))
+    laid_out = run_passes(toy(), (KvLayout(), PagedAttention()), context)
+    return laid_out, run_passes(laid_out, (CudaGraph(**options),), context)
+
+
+def test_the_plan_names_sizes_and_what_is_recorded_at_load(toy):
+    before, after = planned(toy, max_rows=200)
+    assert print_program(after) == print_program(before)
+    plan = after.capture
+    assert plan.decode_rows == (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 200)
+    assert plan.at_load == plan.decode_rows
+    assert 0 < plan.seconds <= 1.0
+    assert plan.num_launches > sum(node.op == "call_function" for node in before.graph.nodes)
+    (record,) = [each for each in after.history if each.name == "cuda_graph"]
+    assert record.matches == len(plan.decode_rows)
+
+
+def test_what_does_not_fit_the_time_is_recorded_later(toy):
+    _, after = planned(toy, load_seconds=0.02)
+    assert 0 < len(after.capture.at_load) < len(after.capture.decode_rows)
+    assert after.capture.at_load == after.capture.decode_rows[: len(after.capture.at_load)]
+    assert after.capture.seconds <= 0.02
+    _, never = planned(toy, load_seconds=0.0)
+    assert never.capture.at_load == ()
+
+
+def test_other_targets_are_left_alone(toy):
+    _, after = planned(toy, "cpu")
+    assert after.capture is None
+
+
+@given(st.integers(1, 1024))
+def test_sizes_ascend_to_the_most_and_waste_little(most):
+    sizes = batch_sizes(most)
+    assert sizes[-1] == most
+    assert list(sizes) == sorted(set(sizes))
+    for rows in range(1, most + 1):
+        filled = next(size for size in sizes if size >= rows)
+        assert filled - rows < max(8, 64 if rows > 128 else rows)
