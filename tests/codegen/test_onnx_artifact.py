@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 
 import llmc
+from llmc.artifact.oracle import read_oracle
 from llmc.artifact.reader import open_unchecked
 from llmc.artifact.tensors import read_tensors
 from llmc.codegen.base import backend_for
 from llmc.codegen.onnx.forms import check_scheme
+from llmc.compiler import onnx_check
 from llmc.compiler.driver import compile_model
+from llmc.compiler.onnx_check import run_in_pieces, run_whole
+from llmc.compiler.onnx_pieces import cut
+from llmc.runtime.config import RuntimeConfig
+from llmc.runtime.executors import onnxruntime as onnxruntime_executor
 from llmc.runtime.verify import verify_artifact
-from llmc.spec.errors import TargetError, UsageError
+from llmc.spec.errors import CheckFailed, TargetError, UsageError
 from llmc.spec.quant import parse_scheme
 from llmc.spec.target import parse_target
 from llmc.spec.target_options import with_options
 
 GREEDY = llmc.SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+# Two graphs, their description and GenAI's settings: some 6 kB a layer, whatever its width.
+GRAPHS_BYTES = 2**18
 PROMPTS = ["Once upon a time", "The dog said", "Lily and Tom went to the park because"]
 
 
@@ -47,6 +57,51 @@ def greedy(path, prompts):
 def test_the_engine_gives_the_tokens_of_the_reference(compiled):
     ours, reference = compiled
     assert greedy(ours, PROMPTS) == greedy(reference, PROMPTS)
+
+
+def test_the_engine_takes_as_many_threads_as_processors_may_be_used(compiled, monkeypatch):
+    monkeypatch.setattr(onnxruntime_executor, "usable_processors", lambda: 3)
+    artifact = open_unchecked(compiled[0])
+    for config, threads in ((RuntimeConfig(), "3"), (RuntimeConfig(num_threads=1), "1")):
+        executor = onnxruntime_executor.open_executor(artifact, config)
+        assert executor.caps.details["threads"] == threads
+        executor.close()
+
+
+def assert_pieces_say_what_the_whole_says(artifact):
+    oracle, prompts = read_oracle(artifact), [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
+    graph = onnx.load(str(artifact.path / "engine.onnx"), load_external_data=False).graph
+    pieces = cut(graph, "logits", 2**19)
+    assert len(pieces) > 4
+    assert pieces[-1].makes == ("logits",)
+    whole = run_whole(artifact, oracle, prompts)
+    found = run_in_pieces(artifact, oracle, prompts, 2**19)
+    assert torch.allclose(found.logits, whole.logits, atol=1e-4)
+    for one, other in zip(found.measured, whole.measured, strict=True):
+        assert one.token_ids == other.token_ids
+        assert np.allclose(one.logprobs, other.logprobs, atol=1e-4)
+        assert np.allclose(one.margins, other.margins, atol=1e-4)
+        assert one.best_ids == other.best_ids
+
+
+def test_a_graph_in_pieces_says_what_the_whole_says(compiled):
+    assert_pieces_say_what_the_whole_says(open_unchecked(compiled[0]))
+
+
+def test_a_large_model_is_checked_in_pieces(compiled, monkeypatch):
+    artifact = open_unchecked(compiled[0])
+    oracle, prompts = read_oracle(artifact), [[5, 6, 7]]
+    logits = run_whole(artifact, oracle, prompts).logits
+    monkeypatch.setattr(onnx_check, "_WHOLE_BYTES", 0)
+    monkeypatch.setattr(onnx_check, "run_whole", None)
+    found = onnx_check.check_graph(artifact, oracle, onnx_check.Judged(prompts, logits, logits))
+    assert found.from_reference.kl_mean < 1e-6
+    assert found.max_logprob_error < 1e-4
+    first = oracle.prompts[0]
+    wrong = replace(first, logprobs=(first.logprobs[0] + 1.0, *first.logprobs[1:]))
+    broken = replace(oracle, prompts=(wrong, *oracle.prompts[1:]))
+    with pytest.raises(CheckFailed, match="token 1 of prompt 0"):
+        onnx_check.check_graph(artifact, broken, onnx_check.Judged(prompts, logits, logits))
 
 
 def test_genai_gives_the_tokens_of_the_reference(compiled):
@@ -77,7 +132,15 @@ def test_the_folder_is_whole_and_graphs_point_into_its_weights(compiled):
     for name in ("model.onnx", "engine.onnx"):
         onnx.checker.check_model(str(ours / name), full_check=True)
         graph = onnx.load(str(ours / name), load_external_data=False)
-        assert {item.key: item.value for item in graph.metadata_props}["llmc.target"] == "onnx"
+        facts = {item.key: item.value for item in graph.metadata_props}
+        assert (graph.producer_name, graph.producer_version) == ("llmc", llmc.__version__)
+        assert (facts["llmc.target"], facts["llmc.family"], facts["llmc.option.contrib"]) == (
+            "onnx", "llama", "true",
+        )  # fmt: skip
+        steps = json.loads(facts["llmc.recipe"])
+        assert [step["name"] for step in steps] == facts["llmc.passes"].split(", ")
+        assert steps[0]["name"] == "fold_constants"
+        assert steps[0]["options"]["limit_bytes"] == 2**20
         used = {
             item.value for t in graph.graph.initializer for item in t.external_data if item.key == "location"
         }
@@ -120,7 +183,8 @@ def test_what_is_stored_is_read_back_in_the_portable_packing(stories_7m, tmp_pat
         assert str(found.dtype) == f"torch.{view.dtype}"
         if view.dtype != "bfloat16":
             assert np.array_equal(found.numpy(), view.data)
-    assert ours.size_bytes <= 1.1 * theirs.size_bytes
+    assert ours.size_bytes <= 1.02 * theirs.size_bytes + GRAPHS_BYTES
+    assert_pieces_say_what_the_whole_says(ours)
     assert verify_artifact(path) == []
     kinds = {
         (node.op_type, attribute.i)
@@ -130,6 +194,20 @@ def test_what_is_stored_is_read_back_in_the_portable_packing(stories_7m, tmp_pat
     }
     assert kinds == {("MatMulNBits", 4)}
     assert read_tensors(path / "weights-00001.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["int4-fast", "int8"])
+def test_a_folder_takes_no_more_than_the_native_one(quant, stories_7m, tmp_path):
+    sizes = {}
+    for target in ("onnx", "cpu"):
+        path = tmp_path / f"{target}.llmc"
+        compile_model(stories_7m, output=path, target=target, quant=quant, verify="off", cache=False)
+        artifact = open_unchecked(path)
+        sizes[target] = artifact.size_bytes
+        sizes[f"{target} weights"] = sum(e.size_bytes for e in artifact.manifest.of_kind("weights"))
+    assert sizes["onnx"] <= 1.02 * sizes["cpu"]
+    assert sizes["onnx weights"] <= 1.02 * sizes["cpu weights"]
 
 
 @pytest.mark.parametrize(
