@@ -67,7 +67,9 @@ def test_a_process_that_cannot_begin_says_why(stories_1m):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_told_of_and_replaced(stories_1m, tmp_path):
+def test_a_process_that_dies_is_told_of_and_replaced(stories_1m, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("LLMC_CACHE_BYTES", str(1 << 30))
     with RemoteEvaluator(Setting(model=str(stories_1m), target="reference")) as evaluator:
         evaluator.prepare(400.0)
         size = evaluator.size_bytes(preset_recipe("int8"), 60.0)
