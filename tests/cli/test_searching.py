@@ -83,7 +83,19 @@ def test_a_process_that_dies_is_told_of_and_replaced(stories_1m, tmp_path, monke
 def test_a_real_search_keeps_to_its_budget_is_interrupted_and_goes_on(stories_1m, tmp_path):
     """From nothing to the front of the smallest model; then a second one of the same study."""
     variables = {**os.environ, "LLMC_CACHE_DIR": str(tmp_path / "cache"), "LLMC_CACHE_BYTES": str(1 << 30)}
-    small = ["--rounds", "3", "--tokens", "8", "--concurrency", "2", "--threads", "1", "--json"]
+    small = [
+        "--rounds",
+        "3",
+        "--budget-seconds",
+        "2",
+        "--tokens",
+        "8",
+        "--concurrency",
+        "2",
+        "--threads",
+        "1",
+        "--json",
+    ]
     limits = ["--limit", "kl=0.5", "--limit", "size=1G"]
     command = [sys.executable, "-m", "llmc.cli", "compare", str(stories_1m), "--search", *limits]
     command += ["--target", "reference", "--budget-minutes", "0.5", *small]
