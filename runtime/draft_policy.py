@@ -40,11 +40,19 @@ class Curve:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationCosts:
     """Seconds of a step by what is in it: `decode` for so many requests with a token each, `verify` for one
-    request with so many tokens, `draft` for one drafted token of so many requests."""
+    request with so many tokens, `draft` for one drafted token of so many requests, and `draft_call` for what
+    comes before the first of them: the draft model reads what was accepted."""
 
     decode: Curve
     verify: Curve
     draft: Curve = Curve()
+    draft_call: Curve = Curve()
+
+    def draft_s(self, num_requests: int, num_drawn: int) -> float:
+        """Drafting `num_drawn` tokens for each of `num_requests` requests."""
+        if not num_drawn:
+            return 0.0
+        return self.draft_call.at(num_requests) + num_drawn * self.draft.at(num_requests)
 
     def step_s(self, num_requests: int, num_tokens: int) -> float:
         """A step in which `num_requests` requests have `num_tokens` tokens together: what so many tokens of
@@ -170,7 +178,7 @@ class DraftPolicy:
         if seconds is None:
             costs = self._costs
             assert costs is not None
-            seconds = costs.step_s(num_requests, num_tokens) + num_drawn * costs.draft.at(num_requests)
+            seconds = costs.step_s(num_requests, num_tokens) + costs.draft_s(num_requests, num_drawn)
             if len(self._seconds) < _MOST_KEPT:
                 self._seconds[key] = seconds
         return seconds

@@ -4,8 +4,9 @@ serves. Knows clocks; what follows from the seconds is `draft_policy`'s."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from .config import RuntimeConfig
 from .draft_policy import Curve, DraftPolicy, SpeculationCosts
@@ -19,6 +20,8 @@ COUNTS = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # A curve is measured for about so long; what is left out continues the line.
 BUDGET_S = 0.2
 REPEATS = 12
+# Steps of so many tokens are measured most often: a request and a few drafts.
+MOST_SMALL = 8
 _PROMPT_TOKENS = 4
 Clock = Callable[[], float]
 
@@ -29,11 +32,17 @@ def measure_costs(
     """Seconds of decoding, verifying and drafting, each the best of a few. Leaves the rows and pages of
     `executor` as it found them."""
     bench = _Bench(executor, config, clock)
-    decode, draft = bench.decode_and_draft()
+    decode = bench.decode()
+    draft, draft_call = bench.draft() if executor.caps.can_propose else ({}, {})
     verify = bench.verify()
     if decode and verify:  # a decoding request and a verified token are the same step
         decode[1] = verify[1] = min(decode[1], verify[1])
-    return SpeculationCosts(decode=_rising(decode), verify=_rising(verify), draft=_rising(draft))
+    return SpeculationCosts(
+        decode=_rising(decode),
+        verify=_rising(verify),
+        draft=_rising(draft),
+        draft_call=_rising(draft_call),
+    )
 
 
 def _rising(seconds: dict[int, float]) -> Curve:
@@ -71,58 +80,92 @@ class _Bench:
         self._config = replace(config, speculation="none", prefix_cache=False)
         self._clock = clock
 
-    def decode_and_draft(self) -> tuple[dict[int, float], dict[int, float]]:
-        """Seconds of steps of so many requests with a token each; and of one drafted token of theirs."""
+    def decode(self) -> dict[int, float]:
+        """Seconds of steps of so many requests with a token each."""
         engine = Engine(self._executor, self._config)
-        can_propose = self._executor.caps.can_propose
-        decode: dict[int, float] = {}
+        found: dict[int, float] = {}
+        for count in self._filled(engine):
+            seconds = min(self._seconds_of(engine.step) for _ in range(REPEATS))
+            if engine.num_running == count:
+                found[count] = seconds
+        self._finish(engine)
+        return found
+
+    def draft(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Seconds of one drafted token of so many requests, and of a call beyond its tokens. Two steps lie
+        between two calls, because the draft model has two tokens to read where its draft was accepted."""
+        engine = Engine(self._executor, self._config)
         draft: dict[int, float] = {}
+        call: dict[int, float] = {}
+        for count in self._filled(engine):
+            rows = list(range(count))
+            best = {1: float("inf"), 3: float("inf")}
+            for number in range(REPEATS):
+                engine.step()
+                engine.step()
+                if engine.num_running < count:
+                    break
+                drawn = 3 if number % 2 else 1
+                propose = partial(self._executor.propose, rows, drawn)
+                best[drawn] = min(best[drawn], self._seconds_of(propose))
+            if best[3] < float("inf"):
+                draft[count] = max(0.0, best[3] - best[1]) / 2
+                call[count] = max(0.0, best[1] - draft[count])
+        self._finish(engine)
+        return draft, call
+
+    def _filled(self, engine: Engine) -> Iterator[int]:
+        """Each count of requests in turn, while so many decode and time is left."""
         ends_s = self._clock() + BUDGET_S
         for count in COUNTS:
             if count > engine.limits.max_requests or not self._fill(engine, count):
                 break
-            rows = list(range(count))
-            step_s, draft_s = float("inf"), float("inf")
-            for _ in range(REPEATS):
-                step_s = min(step_s, self._seconds_of(engine.step))
-                if can_propose:
-                    seconds = self._seconds_of(lambda rows=rows: self._executor.propose(rows, 2))
-                    draft_s = min(draft_s, seconds / 2)
-            if engine.num_running < count:
+            yield count
+            if engine.num_running < count or self._clock() > ends_s:
                 break
-            decode[count] = step_s
-            if can_propose:
-                draft[count] = draft_s
-            if self._clock() > ends_s:
-                break
-        self._finish(engine)
-        return decode, draft
 
     def verify(self) -> dict[int, float]:
-        """Seconds of steps of one request with so many tokens, all but the first of them drafts. Each round
-        is over all counts that the first half of the time reaches, so that what disturbs one disturbs all."""
+        """Seconds of steps of one request with so many tokens, all but the first of them drafts. Small
+        counts, which decide most, get half of the time; each round is over all counts that the first one
+        reaches, so that what disturbs one disturbs all."""
         fixed = _Fixed()
-        most = COUNTS[-1]
-        engine = Engine(self._executor, self._config, speculator=Speculator(fixed, DraftPolicy(most)))
-        found: dict[int, float] = {}
-        self._fill(engine, 1)
-        starts_s = self._clock()
+        engine = Engine(self._executor, self._config, speculator=Speculator(fixed, DraftPolicy(COUNTS[-1])))
         room = min(engine.limits.max_model_len // 2, engine.limits.max_step_tokens)
         counts = [count for count in COUNTS if count <= room]
+        found: dict[int, float] = {}
+        for some in ([c for c in counts if c <= MOST_SMALL], [c for c in counts if c > MOST_SMALL]):
+            self._time_rounds(engine, fixed, some, found)
+        self._finish(engine)
+        return found
+
+    def _time_rounds(self, engine: Engine, fixed: _Fixed, counts: list[int], found: dict[int, float]) -> None:
+        """Enters in `found` the best seconds of rounds over `counts`, for half of the time. Each round is a
+        new request, since a step takes longer the more its request has in the cache."""
+        starts_s = self._clock()
         for number in range(REPEATS):
+            self._restart(engine, fixed)
+            reached: list[int] = []
             for count in counts:
                 fixed.count = count - 1
                 seconds = self._seconds_of(engine.step)
                 if not engine.num_running:
                     break
+                reached.append(count)
                 found[count] = min(seconds, found.get(count, seconds))
-                if number == 0 and self._clock() - starts_s > BUDGET_S / 2:
+                if number == 0 and self._clock() - starts_s > BUDGET_S / 4:
                     break
-            counts = list(found)
-            if not engine.num_running or (number > 0 and self._clock() - starts_s > BUDGET_S):
+            counts = reached
+            if not counts or self._clock() - starts_s > BUDGET_S / 2:
                 break
-        self._finish(engine)
-        return found
+
+    def _restart(self, engine: Engine, fixed: _Fixed) -> None:
+        """One request that decodes, with nothing but its prompt in the cache."""
+        fixed.count = 0
+        if engine.num_running:
+            engine.abort(0)
+        while engine.has_work():
+            engine.step()
+        self._fill(engine, 1)
 
     def _fill(self, engine: Engine, count: int) -> bool:
         """Requests until `count` decode. False when they do not fit."""

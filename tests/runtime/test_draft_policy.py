@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,6 +63,17 @@ def test_drafts_at_hand_cost_nothing_to_make():
     assert DraftPolicy(4, dear).choose(1) == 0
     assert DraftPolicy(4, dear).choose(1, (4,)) == 4
     assert DraftPolicy(4, dear).choose(2, (4, 2)) == 4
+
+
+def test_a_call_of_the_draft_model_is_paid_once_however_many_it_drafts():
+    calls = SpeculationCosts(
+        decode=BOUND.decode, verify=BOUND.verify, draft=Curve(((1, 0.01),)), draft_call=Curve(((1, 0.5),))
+    )
+    assert calls.draft_s(1, 0) == 0.0
+    assert calls.draft_s(1, 4) == pytest.approx(0.54)
+    assert calls.draft_s(2, 4) == pytest.approx(1.08)
+    assert DraftPolicy(4, calls).choose(1) == 4
+    assert DraftPolicy(1, replace(calls, draft_call=Curve(((1, 0.9),)))).choose(1) == 0
 
 
 def test_what_is_rejected_ends_drafting_but_for_a_probe():

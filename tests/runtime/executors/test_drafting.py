@@ -138,9 +138,11 @@ def test_costs_are_measured_and_leave_no_trace(target, drafts, request_of, drain
     config = RuntimeConfig(num_threads=1, max_requests=3, max_step_tokens=32, speculation="draft")
     executor = joined(target, drafts["smaller"], config)
     costs = measure_costs(executor, config)
-    for curve in (costs.decode, costs.verify, costs.draft):
+    for curve in (costs.decode, costs.verify):
         assert curve.points[0][0] == 1
         assert all(seconds > 0 for _, seconds in curve.points)
+    assert [count for count, _ in costs.draft.points] == [count for count, _ in costs.draft_call.points]
+    assert 0 < costs.draft_s(1, 1) <= costs.draft_s(1, 2)
     requests = requests_for(request_of, target.spec.vocab_size, 3)
     plain = RuntimeConfig(num_threads=1, max_requests=3, max_step_tokens=32)
     wanted = tokens_of(make_executor(target, plain), plain, requests, drained)[0]
