@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -111,3 +112,9 @@ def power_of_two(number: int) -> int:
 def blocks(total: int, block: int) -> int:
     """How many blocks of `block` cover `total`."""
     return -(-total // block)
+
+
+def row_stride(rows: Any) -> int:
+    """Elements from one row of a tensor to the next. Of a single row torch says different numbers for the
+    same view of a tensor with data and of one without; it is as wide as a row here."""
+    return rows.stride(0) if rows.shape[0] != 1 else math.prod(rows.shape[1:])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...spec.quant import parse_scheme
-from .launch import blocks, launch_of, power_of_two
+from .launch import blocks, launch_of, power_of_two, row_stride
 from .mixtures import CudaMixtures
 from .products import expect_scheme, float32_of, group_of, uint8_of
 
@@ -109,8 +109,8 @@ class CudaOperators(CudaMixtures):
         values |= {"total_ptr": total, "eps": float(eps), "offset": float(offset)}
         block = power_of_two(width)
         constants = {
-            "x_stride": rows.stride(0),
-            "residual_stride": 0 if added is None else added.stride(0),
+            "x_stride": row_stride(rows),
+            "residual_stride": 0 if added is None else row_stride(added),
             "WIDTH": width,
             "BLOCK": block,
             "CENTRED": centred,
@@ -138,7 +138,7 @@ class CudaOperators(CudaMixtures):
         out = self.empty(gate, gate.shape, None)
         block = min(1024, power_of_two(width))
         values = {"gate_ptr": gates, "up_ptr": ups, "out_ptr": out}
-        strides = {"gate_stride": gates.stride(0), "up_stride": ups.stride(0)}
+        strides = {"gate_stride": row_stride(gates), "up_stride": row_stride(ups)}
         constants = strides | {"WIDTH": width, "BLOCK": block, "ACTIVATION": activation}
         grid = (gates.shape[0], blocks(width, block))
         self.launch(launch_of("activation.gated_activation", grid, values, constants))
@@ -211,9 +211,9 @@ class CudaOperators(CudaMixtures):
         heads = 0 if q is None else q.shape[1]
         kv_heads = 0 if k is None else k.shape[1]
         constants = {
-            "q_stride": 0 if q is None else q.stride(0),
-            "k_stride": 0 if k is None else k.stride(0),
-            "v_stride": 0 if v is None else v.stride(0),
+            "q_stride": 0 if q is None else row_stride(q),
+            "k_stride": 0 if k is None else row_stride(k),
+            "v_stride": 0 if v is None else row_stride(v),
             "HEADS": heads,
             "KV_HEADS": kv_heads,
             "D": width,
@@ -256,7 +256,13 @@ class CudaOperators(CudaMixtures):
         values |= {"k_scales_ptr": k_scales, "v_scales_ptr": v_scales, "table_ptr": block_table}
         numbers = {"table_stride": block_table.stride(0), "scale": scale if softcap else scale * LOG2_E}
         numbers["cap"] = float(softcap)
-        shape = {"q_stride": q.stride(0), "HEADS": heads, "KV_HEADS": kv_heads, "D": width, "V": value_width}
+        shape = {
+            "q_stride": row_stride(q),
+            "HEADS": heads,
+            "KV_HEADS": kv_heads,
+            "D": width,
+            "V": value_width,
+        }
         shape |= {"D_BLOCK": max(16, power_of_two(width)), "V_BLOCK": max(16, power_of_two(value_width))}
         seen = {"WINDOW": window, "CHUNK": chunk}
         blocked = {"PAGE": page, "BN": KEY_BLOCK, "SPLIT": SPLIT}

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...spec.errors import TargetError
 from ...spec.quant import QuantScheme, parse_activation, parse_scheme
-from .launch import Launcher, blocks, launch_of, power_of_two
+from .launch import Launcher, blocks, launch_of, power_of_two, row_stride
 
 # (a tensor, shape, dtype or None) -> a tensor.
 Empty = Callable[[Any, tuple[int, ...], Any], Any]
@@ -90,7 +90,7 @@ class CudaProducts:
         n, k = weight.shape[-2:]
         values = {"x_ptr": rows, "weight_ptr": weight, "bias_ptr": bias, "y_ptr": y} | routing.values
         values["M"] = y.numel() // n
-        constants = {"x_stride": rows.stride(0), "N": n, "K": k, **tile.constants, "BK": _depth(k)}
+        constants = {"x_stride": row_stride(rows), "N": n, "K": k, **tile.constants, "BK": _depth(k)}
         constants |= {"HAS_BIAS": bias is not None, "SHARED": routing.shared}
         self._matrix("linear.linear", tile, values, constants)
 
@@ -110,7 +110,7 @@ class CudaProducts:
         n, groups = scales.shape[-2:]
         k = rows.shape[1]
         group = group_of(parsed, k)
-        shape = {"x_stride": rows.stride(0), "N": n, "K": k, "GROUPS": groups, "GROUP": group}
+        shape = {"x_stride": row_stride(rows), "N": n, "K": k, "GROUPS": groups, "GROUP": group}
         shape |= tile.constants | {"HAS_BIAS": bias is not None, "SHARED": routing.shared}
         # In the order of the kernels' parameters.
         last = {"bias_ptr": bias, "y_ptr": y} | routing.values | {"M": y.numel() // n}
@@ -145,7 +145,7 @@ class CudaProducts:
         values = {"x_ptr": rows, "static_ptr": static if scheme.static else None, "codes_ptr": codes}
         values["scales_ptr"] = scales
         block = power_of_two(k)
-        how = {"x_stride": rows.stride(0), "WIDTH": k, "BLOCK": block, "FORM": scheme.codes}
+        how = {"x_stride": row_stride(rows), "WIDTH": k, "BLOCK": block, "FORM": scheme.codes}
         how["STATIC"] = scheme.static
         warps = max(1, min(8, block // 512))
         self.launch(launch_of("rounding.round_rows", (m,), values, how, warps=warps))

@@ -93,6 +93,24 @@ def test_launches_name_parameters_in_order(work):
         assert sorted([*runtime, *constants]) == sorted(names), specialisation.kernel
 
 
+def test_a_single_row_takes_the_kernels_that_a_walk_without_data_found():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def work(operators):
+        packed = torch.empty(1, 256, dtype=BF16)
+        q, k, v = packed.split([128, 64, 64], 1)
+        q, k, v = q.reshape(-1, 2, 64), k.reshape(-1, 1, 64), v.reshape(-1, 1, 64)
+        cache, slots = torch.empty(3, 16, 1, 64, dtype=BF16), torch.zeros(1, dtype=torch.int64)
+        operators.rope_kv_write(q, k, v, slots, torch.empty(32), 1.0, "half", False, cache, cache, slots)
+        table, starts = torch.zeros(1, 3, dtype=torch.int64), torch.arange(2)
+        operators.paged_attention(q, cache, cache, q, table, starts, slots, None, 1.0, 0, 0.0, 0)
+        operators.linear(packed[:, :128], torch.empty(64, 128, dtype=BF16), None)
+
+    with FakeTensorMode():
+        walked = [launch.specialisation.key for launch in launched(work)]
+    assert [launch.specialisation.key for launch in launched(work)] == walked
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", CUDA_ARCHITECTURES)
 def test_kernels_compile_for_every_architecture_and_none_spills(architecture):
