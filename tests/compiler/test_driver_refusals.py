@@ -140,7 +140,7 @@ def interrupted(writer, *arguments, **named):
     return result
 
 ArtifactWriter.write_tensors = interrupted
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job inherits as ignored
 main()
 """
 
