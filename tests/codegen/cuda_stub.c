@@ -1,6 +1,6 @@
 // A driver library without a GPU: loads what the real one would load, knows its kernels' parameters from their
-// files, writes each launch as a line to the file that LLMC_CUDA_STUB_LOG names, records launches as graphs, and
-// gives launches that are carried out to a function that llmc_stub_execute sets.
+// files, writes each launch as a line to the file that LLMC_CUDA_STUB_LOG names, records launches and calls of the
+// host as graphs, and gives launches that are carried out to a function that llmc_stub_execute sets.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -99,8 +99,11 @@ Result cuFuncSetAttribute(struct Function *function, int attribute, int value) {
 }
 
 typedef void (*Execute)(struct Function *function, const unsigned *grid, const uint64_t *values, int count);
+typedef void (*HostCall)(void *data);
 struct Launch {
-  struct Function *function;
+  struct Function *function;  // none: a call of the host
+  HostCall call;
+  void *data;
   unsigned grid[3];
   uint64_t values[64];
 };
@@ -117,8 +120,19 @@ void llmc_stub_execute(Execute with) { execute = with; }
 void llmc_stub_fail_after(int launches) { fails_after = launches; }
 
 static Result carry_out(const struct Launch *launch) {
+  if (launch->call) return launch->call(launch->data), OK;
   if (fails_after >= 0 && fails_after-- == 0) return ILLEGAL_ADDRESS;
   if (execute) execute(launch->function, launch->grid, launch->values, launch->function->count);
+  return OK;
+}
+
+static Result enqueue(const struct Launch *launch) {
+  if (!recording) return carry_out(launch);
+  if (recording->count == recording->room) {
+    recording->room = 2 * recording->room + 64;
+    recording->launches = realloc(recording->launches, recording->room * sizeof *launch);
+  }
+  recording->launches[recording->count++] = *launch;
   return OK;
 }
 
@@ -168,11 +182,11 @@ Result cuLaunchKernelEx(const struct Config *config, struct Function *function, 
   memcpy(launch.grid, config->grid, sizeof launch.grid);
   for (int i = 0; i < function->count; ++i)
     launch.values[i] = function->size[i] == 8 ? *(uint64_t *)values[i] : *(uint32_t *)values[i];
-  if (!recording) return carry_out(&launch);
-  if (recording->count == recording->room) {
-    recording->room = 2 * recording->room + 64;
-    recording->launches = realloc(recording->launches, recording->room * sizeof launch);
-  }
-  recording->launches[recording->count++] = launch;
-  return OK;
+  return enqueue(&launch);
+}
+
+Result cuLaunchHostFunc(void *stream, HostCall call, void *data) {
+  (void)stream;
+  struct Launch launch = {.call = call, .data = data};
+  return enqueue(&launch);
 }

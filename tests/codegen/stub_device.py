@@ -1,5 +1,6 @@
 """An NVIDIA driver without a GPU for tests: the stub library, its launches carried out by triton's
-interpreter on memory of the CPU, at the addresses that they were made with."""
+interpreter on memory of the CPU, at the addresses that they were made with; torch's operators as its calls
+of the host."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmc.kernels.cuda.jit import kernel_function
 
@@ -28,6 +30,7 @@ _POINTERS = {
 _EXECUTE = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint64), ctypes.c_int
 )
+_CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def build_stub(folder):
@@ -50,6 +53,7 @@ class Interpreted:
         self._known = {}
         self._callback = _EXECUTE(self._execute)
         self._library.llmc_stub_execute(self._callback)
+        self._calls = []
         self.errors = []
 
     def know(self, kernels):
@@ -65,10 +69,29 @@ class Interpreted:
         """The driver is of that version, 12080 for CUDA 12.8."""
         self._library.llmc_stub_driver(version)
 
+    def enqueued(self, work):
+        """`work`, of which torch's operators are enqueued on the device, too, as they are on a real one."""
+
+        def enqueue_all():
+            with _Enqueued(self._enqueue):
+                work()
+
+        return enqueue_all
+
     def close(self):
         self.pretend(12080)
         self._library.llmc_stub_execute(_EXECUTE())
         self.fail_after(-1)
+
+    def _enqueue(self, carry_out):
+        def call(_):
+            try:
+                carry_out()
+            except BaseException as error:  # noqa: BLE001 - it must not go through the library's frames
+                self.errors.append(error)
+
+        self._calls.append(_CALL(call))
+        assert self._library.cuLaunchHostFunc(None, self._calls[-1], None) == 0
 
     def _execute(self, handle, grid, values, count):
         try:
@@ -82,6 +105,27 @@ class Interpreted:
             )
         except BaseException as error:  # noqa: BLE001 - it must not go through the library's frames
             self.errors.append(error)
+
+
+class _Enqueued(TorchDispatchMode):
+    """Gives `enqueue` what each operator would do to memory, and only makes the memory of its results."""
+
+    def __init__(self, enqueue):
+        super().__init__()
+        self._enqueue = enqueue
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        returned = func._schema.returns
+        assert len(returned) == 1, func
+        if returned[0].alias_info is not None and returned[0].alias_info.is_write:
+            target = kwargs.get("out", args[0])
+            self._enqueue(lambda: func(*args, **kwargs))
+            return target
+        found = func(*args, **kwargs)
+        if returned[0].alias_info is None:
+            self._enqueue(lambda: found.copy_(func(*args, **kwargs)))
+        return found
 
 
 def _value(kind, word):
