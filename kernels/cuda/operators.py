@@ -277,14 +277,15 @@ class CudaOperators(CudaMixtures):
             self.launch(launch_of("attention.decode_splits", (tokens, kv_heads, splits), values, constants))
             self._merge_splits(state, acc, positions, sinks, out, shape | {"SPLIT": SPLIT} | seen)
             return out
-        rows = max(16, 64 // shared)
+        codes = _cache_codes(k_cache)
+        # Decoding takes registers: half the rows, over twice the warps.
+        rows, warps = (max(1, 32 // shared), 8) if codes else (max(16, 64 // shared), 4)
         shape |= {"SHARED_BLOCK": shared, "TOKENS": rows}
         values |= {"starts_ptr": query_starts, "positions_ptr": positions, "sinks_ptr": sinks, "out_ptr": out}
         values |= {"num_sequences": sequences, **numbers}
-        constants = shape | blocked | seen | {"CAPPED": softcap > 0, "CODES": _cache_codes(k_cache)}
+        constants = shape | blocked | seen | {"CAPPED": softcap > 0, "CODES": codes}
         constants |= {"HAS_SINKS": sinks is not None, "SEARCH": _SEARCH_STEPS}
         grid = (blocks(tokens, rows) + sequences, kv_heads)
-        warps = 8 if constants["CODES"] else 4  # decoding takes registers
         self.launch(launch_of("attention.paged_attention", grid, values, constants, warps=warps))
         return out
 
