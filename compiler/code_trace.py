@@ -1,92 +1,35 @@
 """What the generated code of a CPU artifact computes at every node, against the program it was generated
-from: the first node at which it leaves the program names the kernel that is wrong."""
+from."""
 
 from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..artifact.cpu import CPU_SOURCE, CPU_UNIT, CpuUnit, decode_unit, library_path
 from ..artifact.reader import Artifact
-from ..codegen.cpu.taps import SET_TAPS, Tap, TappedSource, tap_source
+from ..codegen.cpu.taps import SET_TAPS, TappedSource, tap_source
 from ..codegen.cpu.toolchain import compile_library, find_compiler
 from ..ir.infer import infer
 from ..ir.program import Program
-from ..ir.vocabulary import operator_name
 from ..kernels.levels import LEVELS
 from ..runtime.executors.cpu import choose_level, processor_features
 from ..runtime.executors.cpu_model import CpuModel
 from ..runtime.executors.tiles import SequencePart
-from .node_values import NodeRun, layer_of, relative_error
+from .code_lines import CodeTrace, code_lines
+from .node_values import NodeRun
 
-# Code that rounds in other places than the program does is off by this much of a node at most, or by so many
-# times as much as what the node is computed from.
-_ROUNDING = 0.02
-_GROWTH = 4.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CodeLine:
-    """One node: the relative error of the code to the program, and what was allowed."""
-
-    node: str
-    operator: str
-    layer: str
-    call: str
-    error: float
-    allowed: float
-
-    @property
-    def exceeds(self) -> bool:
-        """Whether the node's own code is to blame."""
-        return not self.error <= self.allowed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CodeTrace:
-    """The nodes in order, of the code for `level`. `same_as_shipped` says whether the library that the
-    artifact holds gives the traced code's logits to the bit: they are of one source, and of the same kernels
-    unless those have changed since."""
-
-    level: str
-    lines: tuple[CodeLine, ...]
-    same_as_shipped: bool
-
-    @property
-    def first(self) -> CodeLine | None:
-        """The first node whose code is to blame."""
-        return next((line for line in self.lines if line.exceeds), None)
-
-    def error_at(self, node: str) -> float | None:
-        """The error at one node; None where it was not traced."""
-        return next((line.error for line in self.lines if line.node == node), None)
-
-    def sentence(self) -> str:
-        """The same in words."""
-        shipped = (
-            ""
-            if self.same_as_shipped
-            else " The library in the artifact gives other bits: it was built from other kernels than this "
-            "llmc's, so compile the model again before looking further."
-        )
-        if self.first is None:
-            worst = max((line.error for line in self.lines), default=0.0)
-            return f"The code for {self.level} follows the program at every node, to {worst:.2g}.{shipped}"
-        line = self.first
-        where = f" in {line.layer}" if line.layer else ""
-        return (
-            f"The code for {self.level} first leaves the program at node {line.node} ({line.operator})"
-            f"{where}: {line.error:.2g} of its size, where {line.allowed:.2g} is allowed. "
-            f"A kernel is to blame: see the statement of {line.node} in {CPU_SOURCE}.{shipped}"
-        )
+_OTHER_KERNELS = (
+    "The library in the artifact gives other bits: it was built from other kernels than this llmc's, so "
+    "compile the model again before looking further."
+)
 
 
 def trace_code(
@@ -107,37 +50,15 @@ def trace_code(
         library.write_bytes(compile_library(find_compiler(), source.text, chosen))
         found = _run(artifact, unit, library, source, prompts)
     shipped = _run(artifact, unit, artifact.path / library_path(level), None, prompts)
-    calls = {tap.node: tap for tap in source.taps}
+    is_same = torch.equal(found.logits, shipped.logits)
     return CodeTrace(
-        level=level,
-        lines=tuple(_lines(program, expected, found.rows, calls)),
-        same_as_shipped=torch.equal(found.logits, shipped.logits),
+        code=f"The code for {level}",
+        part="statement",
+        file=CPU_SOURCE,
+        lines=code_lines(program, expected, found.rows, {tap.node: tap.call for tap in source.taps}),
+        same_as_shipped=is_same,
+        difference="" if is_same else _OTHER_KERNELS,
     )
-
-
-def _lines(
-    program: Program, expected: NodeRun, found: Mapping[str, Tensor], taps: Mapping[str, Tap]
-) -> list[CodeLine]:
-    lines: list[CodeLine] = []
-    errors: dict[fx.Node, float] = {}
-    for node in program.graph.nodes:
-        above = max((errors.get(other, 0.0) for other in node.all_input_nodes), default=0.0)
-        errors[node] = above
-        if node.name not in found or node.name not in expected.rows:
-            continue
-        error = relative_error(expected.rows[node.name], found[node.name])
-        lines.append(
-            CodeLine(
-                node=node.name,
-                operator=operator_name(node.target),
-                layer=layer_of(node),
-                call=taps[node.name].call,
-                error=error,
-                allowed=max(_ROUNDING, _GROWTH * above),
-            )
-        )
-        errors[node] = error
-    return lines
 
 
 def _run(

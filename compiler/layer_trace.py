@@ -8,22 +8,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..artifact.reader import Artifact
 from ..ir.program import Program
-from ..ir.vocabulary import operator_name
 from ..passes.probe import logits_of
 from ..runtime.config import RuntimeConfig
 from ..runtime.executors.registry import open_executor
 from ..runtime.oracle import measure_prompts
 from ..spec.errors import ArtifactError, TargetError
-from .code_trace import CodeTrace, trace_code
+from .code_lines import CodeTrace
+from .code_trace import trace_code
 from .compare.quality import stored_program
-from .node_values import NodeRun, relative_error, run_nodes
+from .node_values import NodeRun, attention_nodes, relative_error, run_nodes
 from .oracle import tolerance_of
 
-_ATTENTION = ("llmc.attention.default", "llmc.paged_attention.default")
 _HEAD = "logits"
 
 
@@ -114,7 +113,7 @@ def trace_layers(
         _line(f"layer {index}", node.name, rows, other, bound, code)
         for index, (node, rows, other) in enumerate(
             zip(
-                _attention_nodes(program),
+                attention_nodes(program),
                 _outputs(program, own),
                 _outputs(reference, expected),
                 strict=True,
@@ -138,25 +137,22 @@ def trace_layers(
 def _traced_code(
     artifact: Artifact, program: Program, own: NodeRun, prompts: Sequence[tuple[int, ...]]
 ) -> tuple[CodeTrace | None, str]:
-    """The target's code node by node, where it can be built again here, and why not where it cannot."""
-    if artifact.manifest.target.kind != "cpu":
-        return None, ""
+    """The target's code node by node, where it can be told, and why not where it cannot."""
+    kind = artifact.manifest.target.kind
     try:
-        return trace_code(artifact, program, own, prompts), ""
+        if kind == "cpu":
+            return trace_code(artifact, program, own, prompts), ""
+        if kind == "onnx":
+            from .onnx_trace import trace_graph
+
+            return trace_graph(artifact, program, prompts), ""
     except (TargetError, ArtifactError) as error:
         return None, f"Its nodes were not traced: {error.what} {error.why} {error.fix}"
-
-
-def _attention_nodes(program: Program) -> list[fx.Node]:
-    return [
-        node
-        for node in program.graph.nodes
-        if node.op == "call_function" and operator_name(node.target) in _ATTENTION
-    ]
+    return None, ""
 
 
 def _outputs(program: Program, run: NodeRun) -> list[Tensor]:
-    return [run.rows[node.name] for node in _attention_nodes(program)]
+    return [run.rows[node.name] for node in attention_nodes(program)]
 
 
 def _line(

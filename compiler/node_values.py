@@ -14,9 +14,11 @@ from torch import Tensor, fx
 from ..ir.interpret import interpret
 from ..ir.paged import PagedSequence, allocate_caches, scatter_pages, step_inputs
 from ..ir.program import Program
+from ..ir.vocabulary import operator_name
 from ..passes.base import PAGED
 
 _NUM_STEPS = 3
+_ATTENTION = ("llmc.attention.default", "llmc.paged_attention.default")
 # What families call the list of their layers.
 _LISTS = ("layers", "h", "blocks")
 Weights = Callable[[str], Tensor]
@@ -92,6 +94,15 @@ class _Rows:
             value = value[0]
         if value.dim() and value.shape[0] == self._num_tokens:
             self.rows[node.name] = value.detach().float().clone()
+
+
+def attention_nodes(program: Program) -> list[fx.Node]:
+    """The nodes that attend, in order, before paging or after."""
+    return [
+        node
+        for node in program.graph.nodes
+        if node.op == "call_function" and operator_name(node.target) in _ATTENTION
+    ]
 
 
 def kept_weights(program: Program) -> Weights:

@@ -3,16 +3,16 @@ with those that the quality was measured on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..artifact.onnx import ONNX_ENGINE, ONNX_UNIT, decode_onnx_unit
+from ..artifact.onnx import ONNX_ENGINE, ONNX_UNIT, OnnxUnit, decode_onnx_unit
 from ..artifact.oracle import Oracle, OraclePrompt
 from ..artifact.reader import Artifact
 from ..runtime.config import RuntimeConfig
@@ -138,25 +138,34 @@ def run_in_pieces(
     from .onnx_pieces import run_pieces
 
     unit = decode_onnx_unit(artifact.read_bytes(ONNX_UNIT))
-    past = {
+    past = empty_past(unit)
+    told = [prompt.token_ids for prompt in oracle.prompts]
+    feeds = [step_feeds(ids, 0, past) for ids in (*prompts, *told)]
+    ran = run_pieces(artifact.path / ONNX_ENGINE, feeds, {"logits"}, most_bytes, usable_processors())
+    found = [values["logits"] for values in ran]
+    logits = torch.cat([torch.from_numpy(one) for one in found[: len(prompts)]])
+    measured = [_as_prompt(ids, one) for ids, one in zip(told, found[len(prompts) :], strict=True)]
+    return GraphRun("onnxruntime", logits, measured)
+
+
+def empty_past(unit: OnnxUnit) -> dict[str, NDArray[Any]]:
+    """The caches of a sequence that has not begun, by the names of the graph's inputs."""
+    return {
         f"past_key_values.{cache.layer}.{kind}": np.zeros((1, cache.num_kv_heads, 0, width), np.float32)
         for cache in unit.caches
         for kind, width in (("key", cache.k_dim), ("value", cache.v_dim))
     }
-    told = [prompt.token_ids for prompt in oracle.prompts]
-    feeds = [
-        {
-            "input_ids": np.asarray([ids], np.int64),
-            "attention_mask": np.ones((1, len(ids)), np.int64),
-            "out_rows": np.arange(len(ids)),
-            **past,
-        }
-        for ids in (*prompts, *told)
-    ]
-    found = run_pieces(artifact.path / ONNX_ENGINE, feeds, "logits", most_bytes, usable_processors())
-    logits = torch.cat([torch.from_numpy(one) for one in found[: len(prompts)]])
-    measured = [_as_prompt(ids, one) for ids, one in zip(told, found[len(prompts) :], strict=True)]
-    return GraphRun("onnxruntime", logits, measured)
+
+
+def step_feeds(ids: Sequence[int], start: int, past: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The inputs of the engine's graph for tokens `ids` of one sequence that knows `start` tokens, in `past`;
+    the logits of all of them are wanted."""
+    return {
+        "input_ids": np.asarray([ids], np.int64),
+        "attention_mask": np.ones((1, start + len(ids)), np.int64),
+        "out_rows": np.arange(len(ids)),
+        **past,
+    }
 
 
 def _as_prompt(token_ids: tuple[int, ...], logits: NDArray[np.float32]) -> OraclePrompt:

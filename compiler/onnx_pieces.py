@@ -4,6 +4,7 @@ ONNX Runtime packs the weights of a whole graph when it opens it. Knows ONNX, an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,14 @@ class Piece:
 
 
 def run_pieces(
-    path: Path, feeds: Sequence[Mapping[str, Array]], wanted: str, most_bytes: int, num_threads: int
-) -> list[Array]:
-    """The output `wanted` of the graph at `path` for each of `feeds`, whose arrays are its inputs.
+    path: Path,
+    feeds: Sequence[Mapping[str, Array]],
+    wanted: AbstractSet[str],
+    most_bytes: int,
+    num_threads: int,
+) -> list[Values]:
+    """The values `wanted` of the graph at `path`, outputs or not, for each of `feeds`, whose arrays are its
+    inputs.
 
     A piece has weights of at most `most_bytes`, or one node.
     """
@@ -41,17 +47,17 @@ def run_pieces(
     pieces = cut(model.graph, wanted, most_bytes)
     for number, piece in enumerate(pieces):
         session = _open(_model_of(model, piece, live[0]), path.parent, num_threads)
-        later = {wanted}.union(*(after.reads for after in pieces[number + 1 :]))
+        later = {*wanted, *(name for after in pieces[number + 1 :] for name in after.reads)}
         for values in live:
             found = session.run(list(piece.makes), {name: values[name] for name in piece.reads})
             values.update(zip(piece.makes, found, strict=True))
             for name in values.keys() - later:
                 del values[name]
-    return [values[wanted] for values in live]
+    return live
 
 
-def cut(graph: Any, wanted: str, most_bytes: int) -> list[Piece]:
-    """The pieces of `graph` that make its output `wanted`, in order."""
+def cut(graph: Any, wanted: AbstractSet[str], most_bytes: int) -> list[Piece]:
+    """The pieces of `graph` that make its values `wanted`, in order."""
     sizes = {weight.name: _bytes_of(weight) for weight in graph.initializer}
     fixed: dict[str, Any] = {}
     moving: list[Any] = []
@@ -75,9 +81,11 @@ def cut(graph: Any, wanted: str, most_bytes: int) -> list[Piece]:
     return _pieces(graph, groups, fixed, wanted)
 
 
-def _pieces(graph: Any, groups: list[list[Any]], fixed: Mapping[str, Any], wanted: str) -> list[Piece]:
+def _pieces(
+    graph: Any, groups: list[list[Any]], fixed: Mapping[str, Any], wanted: AbstractSet[str]
+) -> list[Piece]:
     weights = {weight.name: weight for weight in graph.initializer}
-    needed, pieces = {wanted}, list[Piece]()
+    needed, pieces = set(wanted), list[Piece]()
     for group in reversed(groups):
         made = {name for node in group for name in node.output if name}
         derived = {name for node in group for name in _closure(node, fixed, weights)}

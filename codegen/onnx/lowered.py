@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
+from torch import fx
 
 from ...ir.program import Program
 from ...spec.model import ModelSpec
@@ -32,12 +33,29 @@ def lower(program: Program, stored: StoredWeights, export: Export, facts: Mappin
 
     Raises TargetError naming the operator, and the module it is from, where one has no ONNX form.
     """
+    return lower_nodes(program, stored, export, facts)[0]
+
+
+def lower_nodes(
+    program: Program, stored: StoredWeights, export: Export, facts: Mapping[str, str]
+) -> tuple[ir.Model, dict[fx.Node, ir.Value]]:
+    """As `lower`, with the value of the model that holds each node's tensor, in whatever shape; nodes that an
+    operator computes inside have none."""
     graph = OnnxGraph()
     frame = Frame(program.spec, export.contrib, export.logits)
     frame.open(graph)
     emitter = Emitter(program, graph, frame, stored, export.contrib, export.activations)
     outputs = frame.close(graph, emitter.run(lowerings()))
-    return graph.finish(outputs, program.spec.architecture, facts)
+    model = graph.finish(outputs, program.spec.architecture, facts)
+    made = {value for node in model.graph for value in node.outputs}
+    values: dict[fx.Node, ir.Value] = {}
+    for node, value in emitter.env.items():
+        if not isinstance(value, ir.Value):
+            continue
+        held = next((each for each in (graph.base(value), value) if each in made), None)
+        if held is not None:
+            values[node] = held
+    return model, values
 
 
 def serialize(model: ir.Model) -> bytes:
