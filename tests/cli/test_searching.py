@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from click.testing import CliRunner
@@ -117,7 +118,10 @@ def test_a_real_search_keeps_to_its_budget_is_interrupted_and_goes_on(stories_1m
     assert found["advice"].startswith("Take ")
     for name in found["front"]:
         check_recipe(read_recipe(tmp_path / found["recipes"][name]))
-    running = subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True)
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a background job inherits as ignored
+    running = subprocess.Popen(
+        command, cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True, preexec_fn=hear
+    )
     time.sleep(8)
     running.send_signal(signal.SIGINT)
     _, told = running.communicate(timeout=30)
