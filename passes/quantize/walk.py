@@ -36,11 +36,6 @@ class Walk:
         self._batches = make_batches(calibration.sequences)
         self._store = ActivationStore(calibration.folder, calibration.memory_bytes)
 
-    @property
-    def num_batches(self) -> int:
-        """How many steps it takes to run all sequences."""
-        return len(self._batches)
-
     def values(self, node: fx.Node) -> Iterator[Tensor]:
         """A live value of the segment that comes next, batch by batch."""
         for batch in range(len(self._batches)):

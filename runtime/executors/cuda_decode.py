@@ -109,10 +109,6 @@ class DecodeGraphs:
         self._sampler = DeviceSampler(launcher)
         self._graphs: dict[tuple[int, bool], DecodeGraph] = {}
 
-    @property
-    def num_recorded(self) -> int:
-        return len(self._graphs)
-
     def bucket(self, rows: int) -> int | None:
         """The smallest recorded or recordable number of rows that holds `rows`."""
         return next((bucket for bucket in self.buckets if bucket >= rows), None)
