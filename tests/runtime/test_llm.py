@@ -165,19 +165,30 @@ def test_more_prompts_than_the_queue_holds():
         assert all(each.finish_reason for output in outputs for each in output.completions)
 
 
-def test_abort_by_name_and_by_leaving(llm):
-    async def run():
-        reasons, started = [], 0
+def test_abort_by_name_and_by_leaving():
+    """The model waits in its eighth step, before any text can end, until the first text is aborted."""
+    steps, aborted = 0, threading.Event()
+
+    def wait_for_the_caller(plan):
+        nonlocal steps
+        steps += 1
+        assert steps < 8 or aborted.wait(30)
+
+    async def run(llm):
+        reasons = []
         async for chunk in llm.stream("hello", SamplingParams(ignore_eos=True), request_id="mine"):
-            started += 1
-            if started == 1:
+            if not reasons:
                 llm.abort("mine")
+                aborted.set()
             reasons.append(chunk.finish_reason)
         async for _ in llm.stream("left early", SamplingParams(ignore_eos=True)):
             break
         return reasons
 
-    assert asyncio.run(run())[-1] is FinishReason.ABORT
+    with make(Faults(on_submit=wait_for_the_caller)) as llm:
+        assert asyncio.run(run(llm))[-1] is FinishReason.ABORT
+        llm._loop.close()
+        assert llm.engine.blocks.used() == [0]
 
 
 def test_one_name_for_two_living_requests_is_refused(llm):

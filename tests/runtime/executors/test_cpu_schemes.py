@@ -275,6 +275,9 @@ def test_int8_caches_hold_what_the_reference_holds(build_program, tmp_path):
         )
         want = interpret(program.graph, step_inputs(program.cache, [part]) | caches, weight).numpy()
         (tile,) = model.run([part])
-        assert np.abs(tile.logits - want).max() <= 2e-3 * np.abs(want).max()
+        error = np.abs(tile.logits - want) / np.abs(want).max()
+        # A value near the middle of two codes may round either way: a step of 1/127 in what some rows read.
+        assert error.max() <= 1e-2
+        assert error.mean() <= 2e-3
         done += count
     model.close()
