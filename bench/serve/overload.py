@@ -27,13 +27,12 @@ E2E_LIMIT_S = 2 * 2 * MEAN_S
 def serve() -> None:
     """The server's process: prints its port when it is ready."""
     from llmc.runtime.config import RuntimeConfig
-    from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps
+    from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps, simulated_spec
     from llmc.runtime.llm import LLM
     from llmc.runtime.server.channel import LocalChannel
     from llmc.runtime.server.config import ServerConfig
     from llmc.runtime.server.process import Server, listen
     from llmc.runtime.server.state import make_state
-    from llmc.spec.model import ModelSpec
 
     class Timed(SimulatedExecutor):
         def submit(self, plan):
@@ -41,20 +40,8 @@ def serve() -> None:
             return super().submit(plan)
 
     caps = simulated_caps(groups=(("full", 0, 16, 64),), max_rows=ROWS)
-    spec = ModelSpec(
-        family="simulated",
-        architecture="Simulated",
-        num_layers=1,
-        hidden_size=1,
-        vocab_size=29,
-        max_context=128,
-        compute_dtype="float32",
-        tied_head=False,
-        num_parameters=0,
-        attention=(),
-    )
     config = ServerConfig(port=0, max_waiting=ROWS)
-    llm = LLM(Timed(caps), None, spec, RuntimeConfig(max_requests=ROWS))
+    llm = LLM(Timed(caps), None, simulated_spec(caps), RuntimeConfig(max_requests=ROWS))
     state = make_state(config, [("timed", LocalChannel(llm), None)])
     server = Server(state, listen(config), lambda: print(server.port, flush=True))
     server.run()

@@ -21,14 +21,13 @@ BAR_TOKENS_PER_S = 5000
 def serve() -> None:
     """The server's process: prints its port when it is ready."""
     from llmc.runtime.config import RuntimeConfig
-    from llmc.runtime.executors.simulated import NullExecutor, simulated_caps
+    from llmc.runtime.executors.simulated import NullExecutor, simulated_caps, simulated_spec
     from llmc.runtime.llm import LLM
     from llmc.runtime.server.channel import LocalChannel
     from llmc.runtime.server.config import ServerConfig
     from llmc.runtime.server.process import Server, listen
     from llmc.runtime.server.state import make_state
     from llmc.runtime.tokenizer import Tokenizer
-    from llmc.spec.model import ModelSpec
 
     folder = Path(__file__).resolve().parents[2] / "models" / "stories-1m"
     tokenizer = Tokenizer.from_folder(folder)
@@ -39,21 +38,9 @@ def serve() -> None:
         max_rows=64,
         max_tokens=8192,
     )
-    spec = ModelSpec(
-        family="null",
-        architecture="Null",
-        num_layers=1,
-        hidden_size=1,
-        vocab_size=tokenizer.vocab_size,
-        max_context=8192,
-        compute_dtype="float32",
-        tied_head=False,
-        num_parameters=0,
-        attention=(),
-    )
     token_id = tokenizer.encode(" word")[-1]
     config = ServerConfig(port=0)
-    llm = LLM(NullExecutor(caps, token_id), tokenizer, spec, RuntimeConfig())
+    llm = LLM(NullExecutor(caps, token_id), tokenizer, simulated_spec(caps), RuntimeConfig())
     state = make_state(config, [("null", LocalChannel(llm), tokenizer)])
     server = Server(state, listen(config), lambda: print(server.port, flush=True))
     server.run()

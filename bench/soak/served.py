@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from llmc.runtime.config import RuntimeConfig
-from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps
+from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps, simulated_spec
 from llmc.runtime.llm import LLM
 from llmc.runtime.load import load
 from llmc.runtime.server.channel import LocalChannel
@@ -16,7 +16,6 @@ from llmc.runtime.server.config import ServerConfig
 from llmc.runtime.server.process import Server, listen
 from llmc.runtime.server.state import make_state
 from llmc.runtime.tokenizer import Tokenizer
-from llmc.spec.model import ModelSpec
 
 CONFIG = RuntimeConfig(
     max_requests=12, max_step_tokens=64, speculation="ngram", ngram_min=1, response_cache_bytes=1 << 18
@@ -33,19 +32,7 @@ def simulated() -> LLM:
         max_rows=12,
         max_in_flight=2,
     )
-    spec = ModelSpec(
-        family="simulated",
-        architecture="Simulated",
-        num_layers=2,
-        hidden_size=1,
-        vocab_size=tokenizer.vocab_size,
-        max_context=256,
-        compute_dtype="float32",
-        tied_head=False,
-        num_parameters=0,
-        attention=(),
-    )
-    return LLM(SimulatedExecutor(caps), tokenizer, spec, CONFIG)
+    return LLM(SimulatedExecutor(caps), tokenizer, simulated_spec(caps), CONFIG)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ...spec.cache import CacheGroup, CacheLayout
 from ...spec.errors import InternalError
+from ...spec.model import ModelSpec
 from ..protocol import (
     Drafts,
     ExecutorCaps,
@@ -69,6 +70,23 @@ def simulated_caps(
         cache=layout,
         num_blocks=tuple(count for *_, count in groups),
         can_propose=can_propose,
+    )
+
+
+def simulated_spec(caps: ExecutorCaps, eos_token_ids: tuple[int, ...] = ()) -> ModelSpec:
+    """The facts of a model that is not there, in the sizes of `caps`."""
+    return ModelSpec(
+        family="simulated",
+        architecture="Simulated",
+        num_layers=len(caps.cache.groups),
+        hidden_size=1,
+        vocab_size=caps.vocab_size,
+        max_context=caps.max_context,
+        compute_dtype="float32",
+        tied_head=False,
+        num_parameters=0,
+        attention=(),
+        eos_token_ids=eos_token_ids,
     )
 
 

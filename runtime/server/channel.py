@@ -68,6 +68,7 @@ class LocalChannel:
             eos_token_ids=llm.eos_token_ids,
             num_blocks=tuple(caps.available()),
             page_tokens=tuple(group.page_tokens for group in caps.groups),
+            speculates=llm.engine.config.speculation != "none",
         )
 
     @property

@@ -21,8 +21,10 @@ from .messages import Command, EngineSnapshot, Event, News, NotReady, Ready
 from .wire import frame, read_frame
 
 _REPORT_S = 0.25
-# The exit code of a process whose device failed; nothing of it can be shut down in order.
-DEVICE_LOST = 5
+# What is left to a broken engine for telling its callers.
+_LAST_WORDS_S = 0.05
+# The exit codes of a process whose device, or whose engine, failed; nothing of it can be shut down in order.
+DEVICE_LOST, ENGINE_BROKEN = 5, 6
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,9 +57,13 @@ async def host_engine(llm: LLM, connection: socket.socket, seconds: dict[str, fl
         """Keeps the parent's picture true while nothing is said."""
         while True:
             await asyncio.sleep(_REPORT_S)
-            if isinstance(llm.failure, DeviceLostError):
+            if llm.failure is not None:
+                await asyncio.sleep(_LAST_WORDS_S)
+                tell(())
+                with contextlib.suppress(OSError, TimeoutError):
+                    await asyncio.wait_for(writer.drain(), 1.0)
                 # The parent sees the process die, and starts another from the artifact.
-                os._exit(DEVICE_LOST)
+                os._exit(DEVICE_LOST if isinstance(llm.failure, DeviceLostError) else ENGINE_BROKEN)
             if [channel.snapshot()] != last:
                 tell(())
 

@@ -56,7 +56,8 @@ Event = Said | Failed
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What does not change while an engine lives. `defaults` are the model's own generation settings."""
+    """What does not change while an engine lives. `defaults` are the model's own generation settings;
+    `speculates` says whether tokens are drafted."""
 
     executor: str
     limits: EngineLimits
@@ -64,12 +65,14 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     num_blocks: tuple[int, ...] = ()
     page_tokens: tuple[int, ...] = ()
+    speculates: bool = False
 
 
 class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Where an engine stands. Counts are since its start; `kv_usage` is the share of pages in use in the
     fullest cache group; `num_preempted` of those waiting have run before; `failure` is set when the engine
-    serves no more, `is_starting` while it is being started again. `response_bytes` are held by the response
+    serves no more, `is_starting` while it is being started again, `last_death` says why it had to be.
+    `response_bytes` are held by the response
     cache, which had so many hits and misses."""
 
     num_running: int
@@ -86,6 +89,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     failure: str | None = None
     is_starting: bool = False
     num_restarts: int = 0
+    last_death: str | None = None
     num_response_hits: int = 0
     num_response_misses: int = 0
     response_bytes: int = 0

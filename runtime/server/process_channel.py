@@ -36,6 +36,8 @@ from .messages import (
 from .wire import frame, read_frame, receive_frame
 
 _RESTART_WINDOW_S = 600.0
+# Between a start that failed and the next: a device may need a moment after a fault. Doubles each time.
+_RETRY_S = 1.0
 _END_S = 10.0
 _STILL = EngineSnapshot(
     num_running=0,
@@ -96,7 +98,7 @@ class _Child:
 class ProcessChannel:
     """Commands to a child, events from it. Starts the child when it is made: errors are those of loading.
 
-    More than `max_restarts` deaths within ten minutes are a failure for good.
+    More than `max_restarts` deaths, or starts that failed, within ten minutes are a failure for good.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class ProcessChannel:
         self._open: dict[str, int] = {}
         self._snapshot = _STILL
         self._num_restarts = 0
+        self._last_death: str | None = None
         self._is_starting = False
         self._failure: str | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -149,9 +152,10 @@ class ProcessChannel:
     def snapshot(self) -> EngineSnapshot:
         return msgspec.structs.replace(
             self._snapshot,
-            failure=self._failure or self._snapshot.failure,
+            failure=self._failure,
             is_starting=self._is_starting,
             num_restarts=self._num_restarts,
+            last_death=self._last_death,
         )
 
     def recover(self) -> bool:
@@ -168,17 +172,25 @@ class ProcessChannel:
         """Listens to one child after the other."""
         while True:
             await self._listen()
+            self._is_starting = True
             self._mourn()
+            await self._start_again()
             if self._failure is not None:
                 return
+
+    async def _start_again(self) -> None:
+        """Until there is a child, or there is to be none."""
+        pause_s = _RETRY_S
+        while self._failure is None:
             try:
                 self._child = await asyncio.to_thread(_Child.start, self._command)
+                break
             except LlmcError as error:
-                self._failure = f"It died and could not be started again. {error}"
-                self._log.error("%s", self._failure)
-                return
-            finally:
-                self._is_starting = False
+                self._count_death(f"it could not be started again: {error}")
+            if self._failure is None:
+                await asyncio.sleep(pause_s)
+                pause_s *= 2
+        self._is_starting = False
 
     async def _listen(self) -> None:
         """Until the child has gone."""
@@ -200,21 +212,24 @@ class ProcessChannel:
     def _mourn(self) -> None:
         """The child is dead: its requests end, and whether it may live again is decided."""
         self._child.end(patience_s=0.5)
+        told = self._snapshot.failure
+        self._snapshot = _STILL
+        self._num_restarts += 1
         status = self._child.process.returncode
+        self._count_death(f"its process ended with status {status}" + (f" after {told}" if told else ""))
+        self._log.error("%d requests are lost", len(self._open))
+        self._tell([_lost(name, self._failure) for name in self._open])
+
+    def _count_death(self, why: str) -> None:
+        """Whether it may live again is decided."""
+        self._last_death = why = why.rstrip(".")
         now_s = self._clock()
         self._deaths.append(now_s)
         while now_s - self._deaths[0] > _RESTART_WINDOW_S:
             self._deaths.popleft()
-        self._num_restarts += 1
-        self._snapshot = _STILL
+        self._log.error("an engine in a process of its own: %s", why)
         if len(self._deaths) > self._max_restarts:
-            self._failure = f"Its process died {len(self._deaths)} times, the last time with status {status}."
-        else:
-            self._is_starting = True
-        self._log.error(
-            "the engine's process died with status %s: %d requests are lost", status, len(self._open)
-        )
-        self._tell([_lost(name, self._failure) for name in self._open])
+            self._failure = f"It died {len(self._deaths)} times in ten minutes, the last time because {why}."
 
     def _tell(self, events: Sequence[Event]) -> None:
         for event in events:

@@ -16,13 +16,22 @@ class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the tokens that were drafted for the completions, those that are in them and those that are not."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of all prompts, each counted once, and of all completions."""
+    """Tokens of all prompts, each counted once, and of all completions. `completion_tokens_details` come with
+    an engine that speculates."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,7 +202,7 @@ class DetokenizeResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HealthResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """`why` explains what is not ok."""
+    """`why` explains what is not ok, or was not."""
 
     status: Literal["ok", "starting", "draining", "failed"]
     why: str | None = None

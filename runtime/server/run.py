@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import UNSET
+
 from ..outputs import StreamChunk
 from ..request import FinishReason
 from .backlog import Backlog, Place
@@ -13,7 +15,7 @@ from .errors import ServingError, from_event
 from .messages import Failed
 from .metrics import ModelMetrics
 from .plan import Plan
-from .responses import PromptTokensDetails, Usage
+from .responses import CompletionTokensDetails, PromptTokensDetails, Usage
 
 _ENDED_BADLY = {
     FinishReason.TIMEOUT: (
@@ -75,6 +77,8 @@ class Run:
         self._live = live
         self._sequences = [_Sequence() for _ in range(plan.num_sequences)]
         self._cached_tokens = [0] * len(plan.prompts)
+        self._num_drafted = 0
+        self._num_accepted = 0
         self._num_open = plan.num_sequences
         self._is_closed = False
         self._mailbox = client.open(plan, place.key)
@@ -129,6 +133,14 @@ class Run:
             completion_tokens=num_output,
             total_tokens=num_prompt + num_output,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached_tokens)),
+            completion_tokens_details=self._draft_details() if self._client.facts.speculates else UNSET,
+        )
+
+    def _draft_details(self) -> CompletionTokensDetails:
+        """What became of drafts so far. A hidden output has none."""
+        drafted, accepted = (0, 0) if self.plan.hides_output else (self._num_drafted, self._num_accepted)
+        return CompletionTokensDetails(
+            accepted_prediction_tokens=accepted, rejected_prediction_tokens=drafted - accepted
         )
 
     def close(self) -> None:
@@ -157,6 +169,8 @@ class Run:
                 metrics.recent.itl_s.append(chunk.time_s - sequence.last_s)
             sequence.last_s = chunk.time_s
             sequence.num_tokens += len(chunk.token_ids)
+            self._num_drafted += chunk.num_drafted
+            self._num_accepted += min(chunk.num_accepted, len(chunk.token_ids))
             metrics.generation_tokens.inc(len(chunk.token_ids))
             metrics.recent.tokens.add(len(chunk.token_ids))
         reason = chunk.finish_reason

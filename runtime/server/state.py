@@ -113,6 +113,18 @@ class ServerState:
             (name for name, model in self.models.items() if model.client.snapshot().is_starting), None
         )
 
+    def restarted(self) -> str | None:
+        """Which engines died and were started again, and why the last time; None when none was."""
+        told: list[str] = []
+        for name, model in self.models.items():
+            snapshot = model.client.snapshot()
+            if snapshot.last_death is not None:
+                times = f"{snapshot.num_restarts} time{'' if snapshot.num_restarts == 1 else 's'}"
+                told.append(
+                    f"The engine of {name} died {times}, the last time because {snapshot.last_death}."
+                )
+        return " ".join(told) or None
+
     def failure(self) -> str | None:
         """Why an engine is not alive; None when all are."""
         for name, model in self.models.items():

@@ -77,9 +77,9 @@ def model_cards(state: ServerState) -> list[ModelCard]:
 
 
 def alive(state: ServerState) -> HealthResponse:
-    """Whether all engines move."""
+    """Whether all engines move, and which had to be started again."""
     failure = state.failure()
-    return HealthResponse(status="failed" if failure else "ok", why=failure)
+    return HealthResponse(status="failed" if failure else "ok", why=failure or state.restarted())
 
 
 def takes_requests(state: ServerState) -> HealthResponse:
@@ -88,5 +88,6 @@ def takes_requests(state: ServerState) -> HealthResponse:
         return HealthResponse(status="draining", why="The server is shutting down.")
     starting = state.starting()
     if starting is not None:
-        return HealthResponse(status="starting", why=f"The engine of {starting} is being started again.")
+        why = " ".join([f"The engine of {starting} is being started again.", state.restarted() or ""])
+        return HealthResponse(status="starting", why=why.strip())
     return alive(state)

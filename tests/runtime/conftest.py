@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
+from llmc.runtime.chat import ChatTemplate
 from llmc.runtime.engine import Engine
 from llmc.runtime.protocol import SamplingState
 from llmc.runtime.request import FinishedRequest, Request
+from llmc.runtime.tokenizer import GenerationDefaults, Tokenizer
 
 
 def make_request(
@@ -50,6 +54,22 @@ def drain(engine: Engine, max_steps: int = 5000) -> dict[int, FinishedRequest]:
     assert engine.blocks.used() == [0] * len(engine.blocks.groups)
     assert engine.blocks.available() == list(engine._executor.caps.num_blocks)
     return ended
+
+
+def make_letters(template: str | None = None) -> Tokenizer:
+    """Ids 0 to 27 are a to z, space and newline; 28 ends a text."""
+    symbols = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ"]
+    backend = tokenizers.Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>"])
+    chat = ChatTemplate(template, {}) if template else None
+    return Tokenizer(backend, {"eos_token": "<eos>"}, GenerationDefaults(eos_token_ids=(28,)), chat)
+
+
+@pytest.fixture(scope="session")
+def letters() -> Callable[..., Tokenizer]:
+    return make_letters
 
 
 @pytest.fixture

@@ -10,60 +10,35 @@ import threading
 import time
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from llmc.runtime.config import RuntimeConfig
-from llmc.runtime.executors.simulated import Faults, SimulatedExecutor, simulated_caps
+from llmc.runtime.executors.simulated import Faults, SimulatedExecutor, simulated_caps, simulated_spec
 from llmc.runtime.llm import LLM
 from llmc.runtime.params import SamplingParams
 from llmc.runtime.request import FinishReason
-from llmc.runtime.tokenizer import GenerationDefaults, Tokenizer
 from llmc.spec.errors import InternalError, RequestError
-from llmc.spec.model import ModelSpec
 
 pytestmark = pytest.mark.pure
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
-SPEC = ModelSpec(
-    family="simulated",
-    architecture="Simulated",
-    num_layers=1,
-    hidden_size=1,
-    vocab_size=29,
-    max_context=128,
-    compute_dtype="float32",
-    tied_head=False,
-    num_parameters=0,
-    attention=(),
-    eos_token_ids=(28,),
-)
-
-
-def letters():
-    """Ids 0 to 27 are a to z, space and newline; 28 ends a text."""
-    symbols = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ"]
-    vocab = {symbol: index for index, symbol in enumerate(symbols)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<eos>"])
-    return Tokenizer(backend, {"eos_token": "<eos>"}, GenerationDefaults(eos_token_ids=(28,)))
 
 
 @pytest.fixture
-def llm():
+def make(letters):
+    def made(faults=None, config=None, tokenizer=True, **caps):
+        executor = SimulatedExecutor(simulated_caps(max_rows=4, max_in_flight=2, **caps), faults)
+        spec, draw_seed = simulated_spec(executor.caps, (28,)), iter(range(10**6)).__next__
+        return LLM(executor, letters() if tokenizer else None, spec, config, draw_seed=draw_seed)
+
+    return made
+
+
+@pytest.fixture
+def llm(make):
     with make() as made:
         yield made
         made._loop.close()
         assert made.engine.blocks.used() == [0]
-
-
-def make(faults=None, config=None, tokenizer=True, **caps):
-    executor = SimulatedExecutor(simulated_caps(max_rows=4, max_in_flight=2, **caps), faults)
-    return LLM(
-        executor, letters() if tokenizer else None, SPEC, config, draw_seed=iter(range(10**6)).__next__
-    )
 
 
 def collect(llm, prompt, params, **fields):
@@ -150,22 +125,22 @@ def test_defaults_are_the_models(llm):
     assert len(output.prompt_token_ids) + len(output.token_ids) <= llm.limits.max_model_len
 
 
-def test_end_tokens_beyond_the_vocabulary_are_harmless():
-    spec = dataclasses.replace(SPEC, eos_token_ids=(28, 5000))
-    with LLM(SimulatedExecutor(simulated_caps()), letters(), spec) as odd:
+def test_end_tokens_beyond_the_vocabulary_are_harmless(letters):
+    caps = simulated_caps()
+    with LLM(SimulatedExecutor(caps), letters(), simulated_spec(caps, (28, 5000))) as odd:
         assert odd.eos_token_ids == (28,)
         params = dataclasses.replace(GREEDY, min_tokens=20)
         assert len(odd.generate("hello", params)[0].token_ids) == 20
 
 
-def test_more_prompts_than_the_queue_holds():
+def test_more_prompts_than_the_queue_holds(make):
     with make(config=RuntimeConfig(max_requests=2, max_waiting=3)) as small:
         outputs = small.generate([[1 + n, 2] for n in range(12)], dataclasses.replace(GREEDY, n=2))
         assert len(outputs) == 12
         assert all(each.finish_reason for output in outputs for each in output.completions)
 
 
-def test_abort_by_name_and_by_leaving():
+def test_abort_by_name_and_by_leaving(make):
     """The model waits in its eighth step, before any text can end, until the first text is aborted."""
     steps, aborted = 0, threading.Event()
 
@@ -240,7 +215,7 @@ def test_bad_requests_are_named(llm, prompt, params, words):
     assert llm.generate("fine", GREEDY)[0].finish_reason is not None
 
 
-def test_without_a_tokenizer_ids_go_in_and_out():
+def test_without_a_tokenizer_ids_go_in_and_out(make):
     with make(tokenizer=False) as bare:
         output = bare.generate([3, 4, 5], GREEDY)[0]
         assert output.text == ""
@@ -251,14 +226,14 @@ def test_without_a_tokenizer_ids_go_in_and_out():
             bare.generate([3], SamplingParams(stop="x"))
 
 
-def test_a_corrupt_row_fails_alone():
+def test_a_corrupt_row_fails_alone(make):
     with make(Faults(nan_requests={1})) as corrupt:
         outputs = corrupt.generate([[1], [2], [3]], GREEDY)
         assert [output.finish_reason is FinishReason.ERROR for output in outputs] == [False, True, False]
         assert "cannot be sampled" in outputs[1].completions[0].error
 
 
-def test_a_broken_engine_tells_every_caller():
+def test_a_broken_engine_tells_every_caller(make):
     with make() as broken:
         broken.engine._scheduler.plan = lambda *_: 1 / 0
         with pytest.raises(ZeroDivisionError):
@@ -267,7 +242,7 @@ def test_a_broken_engine_tells_every_caller():
             broken.generate("hello", GREEDY)
 
 
-def test_a_closed_model_says_so():
+def test_a_closed_model_says_so(make):
     closed = make()
     closed.generate("hello", GREEDY)
     closed.close()
@@ -276,7 +251,7 @@ def test_a_closed_model_says_so():
         closed.generate("hello", GREEDY)
 
 
-def test_closing_ends_what_runs():
+def test_closing_ends_what_runs(make):
     async def run():
         closing = make()
         stream = closing.stream("hello", SamplingParams(ignore_eos=True, max_tokens=100))
@@ -287,7 +262,7 @@ def test_closing_ends_what_runs():
     assert asyncio.run(run()) in (FinishReason.ABORT, FinishReason.LENGTH)
 
 
-def test_deadline_ends_with_timeout():
+def test_deadline_ends_with_timeout(make):
     with make(config=RuntimeConfig(timeout_s=1e-9)) as hurried:
         assert hurried.generate("hello", GREEDY)[0].finish_reason is FinishReason.TIMEOUT
 
@@ -302,7 +277,7 @@ def test_a_request_may_bring_its_own_deadline(llm):
     assert collect(llm, "hello", GREEDY, timeout_s=1e-9)[-1].finish_reason is FinishReason.TIMEOUT
 
 
-def test_lower_priority_numbers_run_first():
+def test_lower_priority_numbers_run_first(make):
     order = []
 
     async def one(llm, priority):
@@ -340,7 +315,7 @@ def test_a_program_that_does_not_close_ends_cleanly():
 
 
 @pytest.mark.parametrize("kind", ["ngram", "draft"])
-def test_each_completion_says_what_became_of_its_drafts(kind):
+def test_each_completion_says_what_became_of_its_drafts(make, kind):
     config = RuntimeConfig(speculation=kind, draft_tokens=3)
     with make(config=config, can_propose=True) as llm:
         params = SamplingParams(temperature=0.6, max_tokens=60, n=2, ignore_eos=True)

@@ -8,13 +8,11 @@ import queue
 import time
 
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
 
 from llmc.runtime.config import RuntimeConfig
-from llmc.runtime.executors.simulated import Faults, SimulatedExecutor, simulated_caps
+from llmc.runtime.executors.simulated import Faults, SimulatedExecutor, simulated_caps, simulated_spec
 from llmc.runtime.llm import LLM
 from llmc.runtime.outputs import StreamChunk
 from llmc.runtime.params import SamplingParams
@@ -22,46 +20,26 @@ from llmc.runtime.protocol import SamplingState
 from llmc.runtime.request import FinishReason, Request
 from llmc.runtime.response_cache import ResponseCache, ResponseStats, response_key
 from llmc.runtime.structured import StructuredOutput
-from llmc.runtime.tokenizer import GenerationDefaults, Tokenizer
 from llmc.spec.errors import UsageError
-from llmc.spec.model import ModelSpec
 
 pytestmark = pytest.mark.pure
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
-SPEC = ModelSpec(
-    family="simulated",
-    architecture="Simulated",
-    num_layers=1,
-    hidden_size=1,
-    vocab_size=29,
-    max_context=128,
-    compute_dtype="float32",
-    tied_head=False,
-    num_parameters=0,
-    attention=(),
-    eos_token_ids=(28,),
-)
-
-
-def letters():
-    symbols = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ"]
-    backend = tokenizers.Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<eos>"])
-    return Tokenizer(backend, {"eos_token": "<eos>"}, GenerationDefaults(eos_token_ids=(28,)))
-
-
-def make(response_cache_bytes=1 << 20, faults=None):
-    executor = SimulatedExecutor(simulated_caps(max_rows=4, max_in_flight=2), faults)
-    config = RuntimeConfig(response_cache_bytes=response_cache_bytes)
-    draw_seed = iter(range(10**6)).__next__
-    return LLM(executor, letters(), SPEC, config, draw_seed=draw_seed, digest="one")
 
 
 @pytest.fixture
-def llm():
+def make(letters):
+    def made(response_cache_bytes=1 << 20, faults=None):
+        executor = SimulatedExecutor(simulated_caps(max_rows=4, max_in_flight=2), faults)
+        config = RuntimeConfig(response_cache_bytes=response_cache_bytes)
+        spec, draw_seed = simulated_spec(executor.caps, (28,)), iter(range(10**6)).__next__
+        return LLM(executor, letters(), spec, config, draw_seed=draw_seed, digest="one")
+
+    return made
+
+
+@pytest.fixture
+def llm(make):
     with make() as made:
         yield made
 
@@ -199,7 +177,7 @@ def test_what_is_sampled_without_a_seed_is_never_kept(llm):
     assert counts(llm) == (0, 0)
 
 
-def test_without_bytes_there_is_no_cache():
+def test_without_bytes_there_is_no_cache(make):
     with make(response_cache_bytes=0) as off:
         assert not any(off.generate("hello", GREEDY)[0].is_replayed for _ in range(2))
         assert off.engine.stats.responses == ResponseStats()
@@ -207,7 +185,7 @@ def test_without_bytes_there_is_no_cache():
         RuntimeConfig(response_cache_bytes=-1).validate()
 
 
-def test_bad_endings_are_not_kept():
+def test_bad_endings_are_not_kept(make):
     faults = Faults(nan_requests={0})
     with make(faults=faults) as llm:
         assert llm.generate("hello", GREEDY)[0].finish_reason is FinishReason.ERROR
@@ -265,7 +243,7 @@ def test_bytes_stay_bounded_and_the_last_used_stay(max_bytes, events):
         assert stats.num_responses == len(order)
 
 
-def test_small_caches_let_the_oldest_go():
+def test_small_caches_let_the_oldest_go(make):
     with make(response_cache_bytes=1500) as llm:
         for prompt in ("aa", "bb", "cc", "dd"):
             llm.generate(prompt, GREEDY)

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("llguidance")
 
 from llmc.runtime.config import RuntimeConfig
-from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps
+from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps, simulated_spec
 from llmc.runtime.grammar import build_mask, mask_words
 from llmc.runtime.grammar_compiler import GrammarCompiler, Vocabulary
 from llmc.runtime.llm import LLM
@@ -22,7 +22,6 @@ from llmc.runtime.request import FinishReason
 from llmc.runtime.structured import StructuredOutput
 from llmc.runtime.tokenizer import Tokenizer
 from llmc.spec.errors import RequestError
-from llmc.spec.model import ModelSpec
 
 pytestmark = pytest.mark.pure
 
@@ -50,21 +49,6 @@ def compiler(tokenizer):
     return GrammarCompiler(Vocabulary.of(tokenizer, VOCAB, tokenizer.eos_token_ids))
 
 
-SPEC = ModelSpec(
-    family="simulated",
-    architecture="Simulated",
-    num_layers=1,
-    hidden_size=1,
-    vocab_size=VOCAB,
-    max_context=512,
-    compute_dtype="float32",
-    tied_head=False,
-    num_parameters=0,
-    attention=(),
-    eos_token_ids=(0,),
-)
-
-
 def answers(tokenizer, structured, count, speculation="none", max_in_flight=1, **params):
     """Completions of a model of noise, which knows no form: every token is about as likely as any other."""
     caps = simulated_caps(
@@ -75,7 +59,7 @@ def answers(tokenizer, structured, count, speculation="none", max_in_flight=1, *
         can_propose=True,
     )
     config = RuntimeConfig(max_requests=8, max_step_tokens=64, speculation=speculation, ngram_min=1)
-    with LLM(SimulatedExecutor(caps), tokenizer, SPEC, config) as llm:
+    with LLM(SimulatedExecutor(caps), tokenizer, simulated_spec(caps, (0,)), config) as llm:
         wanted = SamplingParams(
             temperature=1.0, seed=5, n=count, max_tokens=300, structured=structured, **params
         )

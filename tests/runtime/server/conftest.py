@@ -9,37 +9,19 @@ import time
 
 import httpx2 as httpx
 import pytest
-import tokenizers
 from openai import OpenAI
-from tokenizers import decoders, models, pre_tokenizers
 
-from llmc.runtime.chat import ChatTemplate
 from llmc.runtime.config import RuntimeConfig
-from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps
+from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps, simulated_spec
 from llmc.runtime.llm import LLM
 from llmc.runtime.server.channel import LocalChannel
 from llmc.runtime.server.config import ServerConfig
 from llmc.runtime.server.process import Server, listen
 from llmc.runtime.server.state import make_state
-from llmc.runtime.tokenizer import GenerationDefaults, Tokenizer
-from llmc.spec.model import ModelSpec
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'evil' %}{{ raise_exception('No evil here') }}{% endif %}"
     "{{ m['role'][:1] + ' ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}a {% endif %}"
-)
-SPEC = ModelSpec(
-    family="simulated",
-    architecture="Simulated",
-    num_layers=1,
-    hidden_size=1,
-    vocab_size=29,
-    max_context=128,
-    compute_dtype="float32",
-    tied_head=False,
-    num_parameters=0,
-    attention=(),
-    eos_token_ids=(28,),
 )
 
 
@@ -52,17 +34,6 @@ class SlowExecutor(SimulatedExecutor):
         if self.delay_s:
             time.sleep(self.delay_s)
         return super().submit(plan)
-
-
-def letters(template=TEMPLATE):
-    """Ids 0 to 27 are a to z, space and newline; 28 ends a text."""
-    symbols = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ"]
-    backend = tokenizers.Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<eos>"])
-    chat = ChatTemplate(template, {}) if template else None
-    return Tokenizer(backend, {"eos_token": "<eos>"}, GenerationDefaults(eos_token_ids=(28,)), chat)
 
 
 class Running:
@@ -129,9 +100,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(template=TEMPLATE, runtime=None, tokenizer=True, caps=None, **settings):
+def serving(letters, template=TEMPLATE, runtime=None, tokenizer=True, caps=None, **settings):
     executor = SlowExecutor(simulated_caps(max_in_flight=2, **(caps or {})))
-    llm = LLM(executor, letters(template) if tokenizer else None, SPEC, runtime or RuntimeConfig())
+    spec = simulated_spec(executor.caps, (28,))
+    llm = LLM(executor, letters(template) if tokenizer else None, spec, runtime or RuntimeConfig())
     config = ServerConfig(port=0, **settings)
     running = Running(config, [("letters", LocalChannel(llm), llm.tokenizer)])
     running.llm, running.executor = llm, executor
@@ -145,21 +117,21 @@ def serving(template=TEMPLATE, runtime=None, tokenizer=True, caps=None, **settin
 
 
 @pytest.fixture(scope="module")
-def shared():
+def shared(letters):
     """One server for all tests of a module that leave it as it was."""
-    with serving() as running:
+    with serving(letters) as running:
         yield running
 
 
 @pytest.fixture
-def serve():
+def serve(letters):
     """A function that starts a server with its own settings."""
     with contextlib.ExitStack() as stack:
-        yield lambda **options: stack.enter_context(serving(**options))
+        yield lambda **options: stack.enter_context(serving(letters, **options))
 
 
 @pytest.fixture
-def run_server():
+def run_server(letters):
     """A function from settings and names to a server over fresh simulated models, one a name; `wrap` may
     stand between server and engine; `sizes` are (caps, settings) of an engine by name."""
     with contextlib.ExitStack() as stack:
@@ -168,7 +140,7 @@ def run_server():
             engines = []
             for name, wrap in wraps.items():
                 caps, runtime = (sizes or {}).get(name, (simulated_caps(max_in_flight=2), RuntimeConfig()))
-                llm = LLM(SlowExecutor(caps), letters(), SPEC, runtime)
+                llm = LLM(SlowExecutor(caps), letters(TEMPLATE), simulated_spec(caps, (28,)), runtime)
                 stack.callback(llm.close)
                 engines.append((name, wrap(LocalChannel(llm)), llm.tokenizer))
             running = Running(config, engines)

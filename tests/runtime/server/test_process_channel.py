@@ -155,3 +155,83 @@ def test_a_child_does_not_outlive_its_parent():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     wait_for(lambda: not is_alive(int(out.stdout)))
+
+
+@pytest.fixture
+def lossy(run_server):
+    """One model in a child whose device is lost in a step with a prompt that begins with z."""
+    channels = []
+
+    def elsewhere(channel):
+        channels.append(child("device", max_restarts=2))
+        return channels[0]
+
+    running = run_server(ServerConfig(port=0), {"there": elsewhere})
+    yield running, channels[0]
+    running.stop()
+    channels[0].close()
+
+
+def test_a_lost_device_fails_its_requests_and_the_engine_serves_on(lossy):
+    running, channel = lossy
+    asked = {"model": "there", "prompt": "hello", "max_tokens": 12, "ignore_eos": True}
+    before = running.post("/v1/completions", **asked).json()["choices"]
+    assert running.http.get(f"{running.url}/health").json() == {"status": "ok"}
+    first, results = channel.pid, []
+    thread = threading.Thread(
+        target=lambda: results.append(running.post("/v1/completions", model="there", **LONG))
+    )
+    thread.start()
+    wait_for(lambda: channel.snapshot().num_running == 1)
+    lost = running.post("/v1/completions", model="there", prompt="zzz")
+    thread.join(20)
+    for answer in (lost, *results):
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+    assert lost.json()["error"]["code"] == "cuda.device_lost"
+    assert "The GPU failed in a step" in lost.json()["error"]["message"]
+    wait_for(lambda: running.http.get(f"{running.url}/ready").json()["status"] != "ok")
+    wait_for(lambda: running.http.get(f"{running.url}/ready").status_code == 200)
+    assert channel.pid != first
+    assert running.post("/v1/completions", **asked).json()["choices"] == before
+    health = running.http.get(f"{running.url}/health").json()
+    assert health["status"] == "ok"
+    assert "The engine of there died 1 time" in health["why"]
+    assert "status 5 after DeviceLostError: The GPU failed in a step." in health["why"]
+    assert running.metric("llmc:engine_restarts_total", model_name="there") == 1
+
+
+def test_a_device_that_is_lost_again_and_again_ends_the_engine_with_the_reason(lossy):
+    running, channel = lossy
+    for _ in range(3):
+        wait_for(lambda: running.http.get(f"{running.url}/ready").status_code == 200)
+        first = channel.pid
+        assert running.post("/v1/completions", model="there", prompt="zzz").status_code == 503
+        wait_for(lambda first=first: not is_alive(first))
+    wait_for(lambda: channel.snapshot().failure)
+    health = running.http.get(f"{running.url}/health")
+    assert health.status_code == 503
+    assert "died 3 times in ten minutes" in health.json()["why"]
+    assert "an illegal memory access was encountered" in health.json()["why"]
+    refused = running.post("/v1/completions", model="there", prompt="a")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (500, "engine.failed")
+    assert "illegal memory access" in refused.json()["error"]["message"]
+
+
+def test_starts_that_fail_are_counted_and_told(run_server, tmp_path):
+    channels = []
+
+    def elsewhere(channel):
+        channels.append(child(f"once={tmp_path / 'mark'}", max_restarts=1))
+        return channels[0]
+
+    running = run_server(ServerConfig(port=0), {"there": elsewhere})
+    os.kill(channels[0].pid, signal.SIGKILL)
+    wait_for(lambda: channels[0].snapshot().failure)
+    why = running.http.get(f"{running.url}/health").json()["why"]
+    assert "died 2 times" in why
+    assert (
+        "it could not be started again: The engine's process could not start. It ended with status 7" in why
+    )
+    running.stop()
+    channels[0].close()

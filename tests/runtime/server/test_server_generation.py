@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from llmc.runtime.config import RuntimeConfig
 from llmc.runtime.params import SamplingParams
 
 pytestmark = pytest.mark.pure
@@ -218,6 +219,28 @@ def test_continuous_usage_counts_up(shared):
     counts = [chunk.usage.completion_tokens for chunk in stream]
     assert counts == sorted(counts)
     assert counts[-1] == complete(shared).usage.completion_tokens
+
+
+def test_the_usage_tells_what_became_of_drafts(serve, shared):
+    assert complete(shared).usage.completion_tokens_details is None
+    running = serve(runtime=RuntimeConfig(speculation="ngram", ngram_min=1))
+    fields = {"prompt": "abcabcabcabc", "max_tokens": 60, "temperature": 0.3, "seed": 2, "n": 3}
+    options = {"ignore_eos": True}
+    whole = complete(running, **fields, extra_body=options).usage
+    stats = running.llm.engine.stats
+    told = whole.completion_tokens_details
+    assert told.accepted_prediction_tokens == sum(stats.accepted_at) > 0
+    assert told.rejected_prediction_tokens == sum(stats.drafted_at) - sum(stats.accepted_at) > 0
+    *_, last = complete(
+        running, **fields, extra_body=options, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.usage.completion_tokens_details == told
+    text = complete(running, **fields, extra_body=options).choices[0].text
+    cut = complete(running, **fields, stop=[text[1:3]], extra_body=options)
+    told = cut.usage.completion_tokens_details
+    assert told.accepted_prediction_tokens <= cut.usage.completion_tokens
+    hidden = complete(running, "abcabc", echo=True, max_tokens=0, logprobs=0).usage.completion_tokens_details
+    assert (hidden.accepted_prediction_tokens, hidden.rejected_prediction_tokens) == (0, 0)
 
 
 def test_sixteen_at_a_time_say_what_each_says_alone(shared):
