@@ -21,7 +21,8 @@ _GROWTH = 4.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodeLine:
     """One node: the part of the code that makes it, the nodes that have no value of their own because that
-    part computes them `inside`, the relative error to the program, and what was allowed."""
+    part computes them `inside`, the relative error to the program, and what was allowed. `foreign` says in
+    what the artifact's own code of that part is not the code that was run; empty where it is."""
 
     node: str
     operator: str
@@ -30,11 +31,12 @@ class CodeLine:
     inside: tuple[str, ...]
     error: float
     allowed: float
+    foreign: str = ""
 
     @property
     def exceeds(self) -> bool:
         """Whether the node's own code is to blame."""
-        return not self.error <= self.allowed
+        return bool(self.foreign) or not self.error <= self.allowed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,12 @@ class CodeTrace:
             return f"{self.code} follows the program at every node, to {worst:.2g}.{shipped}"
         line = self.first
         where = f" in {line.layer}" if line.layer else ""
+        if line.foreign:
+            return (
+                f"{self.code} follows the program up to node {line.node} ({line.operator}){where}, but the "
+                f"artifact does not hold that code there: {line.foreign}. What wrote the artifact is to "
+                f"blame, or it was changed since: compile the model again.{shipped}"
+            )
         inside = f", which also computes {', '.join(line.inside)}" if line.inside else ""
         return (
             f"{self.code} first leaves the program at node {line.node} ({line.operator}){where}: "

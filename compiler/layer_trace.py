@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def trace_layers(
     the target's own code on `prompts` (token ids)."""
     program = stored_program(artifact)
     own, expected = run_nodes(program, prompts), run_nodes(reference, prompts)
-    code, note = _traced_code(artifact, program, own, prompts)
+    code, note, logits = _traced_code(artifact, program, own, prompts)
     lines = [
         _line(f"layer {index}", node.name, rows, other, bound, code)
         for index, (node, rows, other) in enumerate(
@@ -123,32 +123,49 @@ def trace_layers(
     lines.append(_line(_HEAD, "output", own.logits, expected.logits, bound, code))
     assert program.cache is not None
     return LayerTrace(
-        executor=artifact.manifest.target.name,
+        executor=artifact.manifest.target.name + ("" if logits is None else " (interpreted)"),
         reference=reference_name,
         bound=bound,
         lines=tuple(lines),
-        code_error=_code_error(artifact, program, prompts),
+        code_error=_code_error(artifact, program, prompts)
+        if logits is None
+        else _logprob_error(own.logits, logits, prompts),
         code_bound=tolerance_of(program.spec, program.cache),
         code=code,
         code_note=note,
     )
 
 
+class _Traced(NamedTuple):
+    """`code` node by node where it can be told, else why not in `note`; `logits` `[tokens, vocab]` of that
+    run where no executor can run the artifact here to say them."""
+
+    code: CodeTrace | None = None
+    note: str = ""
+    logits: Tensor | None = None
+
+
 def _traced_code(
     artifact: Artifact, program: Program, own: NodeRun, prompts: Sequence[tuple[int, ...]]
-) -> tuple[CodeTrace | None, str]:
-    """The target's code node by node, where it can be told, and why not where it cannot."""
+) -> _Traced:
+    """The target's code node by node. Raises TargetError and ArtifactError where a `cuda` target's cannot be
+    run, since nothing else of it can be then."""
     kind = artifact.manifest.target.kind
+    if kind == "cuda":
+        from .kernel_trace import trace_kernels
+
+        code, run = trace_kernels(artifact, program, own, prompts)
+        return _Traced(code, "", None if torch.cuda.is_available() else run.logits)
     try:
         if kind == "cpu":
-            return trace_code(artifact, program, own, prompts), ""
+            return _Traced(trace_code(artifact, program, own, prompts))
         if kind == "onnx":
             from .onnx_trace import trace_graph
 
-            return trace_graph(artifact, program, prompts), ""
+            return _Traced(trace_graph(artifact, program, prompts))
     except (TargetError, ArtifactError) as error:
-        return None, f"Its nodes were not traced: {error.what} {error.why} {error.fix}"
-    return None, ""
+        return _Traced(note=f"Its nodes were not traced: {error.what} {error.why} {error.fix}")
+    return _Traced()
 
 
 def _outputs(program: Program, run: NodeRun) -> list[Tensor]:
@@ -187,3 +204,12 @@ def _code_error(artifact: Artifact, program: Program, prompts: Sequence[tuple[in
         for index, logprob in enumerate(found.logprobs):
             worst = max(worst, abs(float(logprobs[index, prompt[index + 1]]) - logprob))
     return worst
+
+
+def _logprob_error(expected: Tensor, found: Tensor, prompts: Sequence[tuple[int, ...]]) -> float:
+    """The largest difference of a known token's logprob between logits `[tokens of all prompts, vocab]`."""
+    following = [token for prompt in prompts for token in (*prompt[1:], -1)]
+    rows = [row for row, token in enumerate(following) if token >= 0]
+    known = torch.tensor([following[row] for row in rows])[:, None]
+    one, two = (torch.log_softmax(logits[rows].double(), dim=-1) for logits in (expected, found))
+    return float((one.gather(1, known) - two.gather(1, known)).abs().max())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ..ir.interpret import interpret
+from ..ir.interpret import Observer, interpret
 from ..ir.paged import PagedSequence, allocate_caches, scatter_pages, step_inputs
 from ..ir.program import Program
 from ..ir.vocabulary import operator_name
@@ -44,7 +44,7 @@ def run_nodes(program: Program, sequences: Sequence[Sequence[int]]) -> NodeRun:
             "positions": torch.cat([torch.arange(len(sequence)) for sequence in sequences]),
             "out_rows": torch.arange(len(tokens)),
         }
-        seen = _Rows(len(tokens))
+        seen = KeptRows(len(tokens))
         logits = interpret(program.graph, inputs, weight, seen.observe)
         return NodeRun(rows=seen.rows, logits=logits)
     return _run_paged(program, sequences, weight)
@@ -52,34 +52,51 @@ def run_nodes(program: Program, sequences: Sequence[Sequence[int]]) -> NodeRun:
 
 def _run_paged(program: Program, sequences: Sequence[Sequence[int]], weight: Weights) -> NodeRun:
     assert program.cache is not None
-    pages = scatter_pages(program.cache, [len(sequence) for sequence in sequences], seed=0)
-    caches = allocate_caches(program.cache, pages.num_pages)
+    lengths = [len(sequence) for sequence in sequences]
+    pages = scatter_pages(program.cache, lengths, seed=0)
+    layout, caches = program.cache, allocate_caches(program.cache, pages.num_pages)
+
+    def forward(parts: Sequence[PagedSequence], observe: Observer) -> Tensor:
+        return interpret(program.graph, {**step_inputs(layout, parts), **caches}, weight, observe)
+
+    ends = [[-(-length // _NUM_STEPS) * (step + 1) for step in range(_NUM_STEPS)] for length in lengths]
+    return run_steps(sequences, pages.tables, ends, forward)
+
+
+def run_steps(
+    sequences: Sequence[Sequence[int]],
+    tables: Sequence[Sequence[Sequence[int]]],
+    ends: Sequence[Sequence[int]],
+    forward: Callable[[Sequence[PagedSequence], Observer], Tensor],
+) -> NodeRun:
+    """Run `sequences` in mixed steps: in step k sequence i goes on to token `ends[i][k]`, over the pages of
+    `tables[i]`. `forward` gives the logits of all tokens of a step, and shows every node's value."""
     parts: dict[str, dict[tuple[int, int], Tensor]] = {}
-    for step in range(_NUM_STEPS):
+    for step in range(max(map(len, ends))):
         chunks: list[tuple[int, PagedSequence]] = []
-        for index, sequence in enumerate(sequences):
-            size = -(-len(sequence) // _NUM_STEPS)
-            tokens = sequence[step * size : (step + 1) * size]
+        for index, (sequence, table) in enumerate(zip(sequences, tables, strict=True)):
+            start = ends[index][step - 1] if step else 0
+            tokens = sequence[start : ends[index][step]]
             if tokens:
-                tables = pages.tables[index]
                 wanted = range(len(tokens))
-                part = PagedSequence(start=step * size, token_ids=tokens, block_tables=tables, wanted=wanted)
+                part = PagedSequence(start=start, token_ids=tokens, block_tables=table, wanted=wanted)
                 chunks.append((index, part))
         if not chunks:
             continue
         sizes = [len(part.token_ids) for _, part in chunks]
-        seen = _Rows(sum(sizes))
-        inputs = {**step_inputs(program.cache, [part for _, part in chunks]), **caches}
-        logits = interpret(program.graph, inputs, weight, seen.observe)
-        for name, rows in [*seen.rows.items(), ("", logits)]:
+        seen = KeptRows(sum(sizes))
+        logits = forward([part for _, part in chunks], seen.observe)
+        for name, rows in [*seen.rows.items(), ("", logits.cpu())]:
             for (index, _), own in zip(chunks, rows.split(sizes), strict=True):
                 parts.setdefault(name, {})[index, step] = own
-    joined = {name: torch.cat([found[key] for key in sorted(found)]) for name, found in parts.items()}
+    # Of a step with one token what has one row need not have a row a token.
+    always = {name: found for name, found in parts.items() if len(found) == len(parts[""])}
+    joined = {name: torch.cat([found[key] for key in sorted(found)]) for name, found in always.items()}
     logits = joined.pop("")
     return NodeRun(rows=joined, logits=logits)
 
 
-class _Rows:
+class KeptRows:
     """Keeps what nodes compute where it has one row a token; dimensions of size 1 in front are dropped."""
 
     def __init__(self, num_tokens: int) -> None:
@@ -93,7 +110,7 @@ class _Rows:
         while value.dim() > 1 and value.shape[0] == 1 and self._num_tokens != 1:
             value = value[0]
         if value.dim() and value.shape[0] == self._num_tokens:
-            self.rows[node.name] = value.detach().float().clone()
+            self.rows[node.name] = value.detach().float().clone().cpu()
 
 
 def attention_nodes(program: Program) -> list[fx.Node]:

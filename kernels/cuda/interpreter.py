@@ -1,6 +1,6 @@
 """Corrections to triton's interpreter, so that kernels run without a GPU and give right answers.
 
-For tests: `TRITON_INTERPRET=1` must be set before triton is imported.
+For tests and traces: `TRITON_INTERPRET=1` must be set before triton is imported.
 """
 
 # pyright: basic

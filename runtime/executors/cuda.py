@@ -3,9 +3,11 @@ kernel by kernel; both sample on the device."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from ...artifact.cuda import CUDA_UNIT, ArenaPlan, CudaUnit, decode_unit
 from ...artifact.reader import Artifact
@@ -53,6 +55,14 @@ def open_executor(artifact: Artifact, config: RuntimeConfig) -> CudaExecutor:
 
     Raises TargetError where there is no GPU, none that its kernels run on, or too little of its memory free.
     """
+    return make_executor(artifact, config, open_machine(artifact))
+
+
+def open_machine(artifact: Artifact) -> Machine:
+    """This machine's GPU, with the kernels of an artifact of target kind `cuda` loaded.
+
+    Raises TargetError where there is none, or none that the kernels run on.
+    """
     if not torch.cuda.is_available():
         raise TargetError(
             "cuda.no_device",
@@ -67,14 +77,13 @@ def open_executor(artifact: Artifact, config: RuntimeConfig) -> CudaExecutor:
     torch.zeros(1, device=_DEVICE)  # makes torch's context the current one
     device, driver = Device(_DEVICE), CudaDriver()
     kernels = CudaKernels(artifact, unit, capability, driver, lambda: device.stream)
-    machine = Machine(
+    return Machine(
         device=device,
         launcher=kernels,
         recorder=lambda work: record(driver, device.stream, work),
         free_bytes=free_bytes,
         details={"device": torch.cuda.get_device_name(_DEVICE), "kernels": kernels.architecture},
     )
-    return make_executor(artifact, config, machine)
 
 
 def make_executor(artifact: Artifact, config: RuntimeConfig, machine: Machine) -> CudaExecutor:
@@ -82,31 +91,19 @@ def make_executor(artifact: Artifact, config: RuntimeConfig, machine: Machine) -
     anything is loaded."""
     spec, layout = artifact.manifest.spec, artifact.manifest.cache
     unit = decode_unit(artifact.read_bytes(CUDA_UNIT))
-    document = decode_program(artifact.read_bytes(PROGRAM))
-    names = {str(node.target) for node in document.graph.nodes if node.op == "get_attr"}
-    store = _stored(artifact, unit, names)
+    stored = _stored(artifact, unit)
     demand = demand_of(config, spec.max_context)
     plans = _plans(unit, config, machine)
     lengths = tuple(group.pages_for(demand.max_model_len) for group in layout.groups)
     fixed = {
-        "weights": store.total_bytes,
+        "weights": stored.weights.total_bytes,
         "rows of requests": table_bytes(config.max_requests, spec.vocab_size, lengths)
         + space_bytes(max([config.max_requests, *(plan.rows for plan in plans)]), spec.vocab_size),
         "recorded steps": max((plan.num_bytes for plan in plans), default=0),
     }
     free_bytes = machine.free_bytes - sum(fixed.values())
     pages = _pages(layout, demand, config, fixed, free_bytes)
-    device = machine.device
-    weights = {name: store.evaluate(name).to(device.name) for name in names}
-    model = CudaModel(
-        document.graph,
-        weights.__getitem__,
-        layout,
-        pages,
-        launcher=machine.launcher,
-        device=device,
-        max_tokens=config.max_step_tokens,
-    )
+    model = _model(stored, layout, pages, machine, config.max_step_tokens)
     caps = ExecutorCaps(
         name="cuda",
         vocab_size=spec.vocab_size,
@@ -120,6 +117,12 @@ def make_executor(artifact: Artifact, config: RuntimeConfig, machine: Machine) -
     )
     at_load = () if artifact.manifest.capture is None else artifact.manifest.capture.at_load
     return executor_around(model, caps, config, machine, demand.max_model_len, plans, at_load)
+
+
+def open_model(artifact: Artifact, machine: Machine, num_pages: Sequence[int], max_tokens: int) -> CudaModel:
+    """The model of an artifact alone, over caches of `num_pages` a group, without rows and samplers."""
+    unit = decode_unit(artifact.read_bytes(CUDA_UNIT))
+    return _model(_stored(artifact, unit), artifact.manifest.cache, num_pages, machine, max_tokens)
 
 
 def executor_around(
@@ -196,8 +199,18 @@ def _pages(
     )
 
 
-def _stored(artifact: Artifact, unit: CudaUnit, names: set[str]) -> WeightStore:
-    """The tensors of the files by the names that the program reads; codes as words."""
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A program, and the tensors of the files by the names that it reads."""
+
+    graph: fx.Graph
+    weights: WeightStore
+
+
+def _stored(artifact: Artifact, unit: CudaUnit) -> _Stored:
+    """The final program of an artifact; its codes are words."""
+    graph = decode_program(artifact.read_bytes(PROGRAM)).graph
+    names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     words = {word.codes: word.stored for word in unit.words}
     files = {name: (file, view) for file, views in artifact.weight_files() for name, view in views.items()}
     entries: dict[str, Source] = {}
@@ -205,4 +218,20 @@ def _stored(artifact: Artifact, unit: CudaUnit, names: set[str]) -> WeightStore:
         stored = words.get(name, name)
         file, view = files[stored]
         entries[name] = Source(str(artifact.path / file), stored, view.shape, getattr(torch, view.dtype))
-    return WeightStore(entries)
+    return _Stored(graph, WeightStore(entries))
+
+
+def _model(
+    stored: _Stored, layout: CacheLayout, num_pages: Sequence[int], machine: Machine, max_tokens: int
+) -> CudaModel:
+    device = machine.device
+    weights = {name: stored.weights.evaluate(name).to(device.name) for name in stored.weights}
+    return CudaModel(
+        stored.graph,
+        weights.__getitem__,
+        layout,
+        num_pages,
+        launcher=machine.launcher,
+        device=device,
+        max_tokens=max_tokens,
+    )

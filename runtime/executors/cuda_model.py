@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor, fx
 
 from ...ir import ops
-from ...ir.interpret import interpret
-from ...ir.paged import allocate_caches, cache_names, step_inputs
+from ...ir.interpret import Observer, interpret
+from ...ir.paged import SequenceLike, allocate_caches, cache_names, step_inputs
 from ...kernels.cuda.launch import Launcher
 from ...kernels.cuda.operators import CudaOperators
 from ...kernels.cuda.substitution import substitute
@@ -67,24 +67,32 @@ class CudaModel:
             if values is not None:
                 yield TileLogits(owners=owners, logits=values)
 
-    def forward(self, parts: Sequence[SequencePart], fill: Callable[[Tensor], None]) -> Tensor | None:
+    def forward(
+        self,
+        parts: Sequence[SequenceLike],
+        fill: Callable[[Tensor], None],
+        observe: Observer | None = None,
+    ) -> Tensor | None:
         """Enqueues one step of at most `max_tokens` tokens; the wanted logits on the device, None where none
-        are. `fill` may change the ids, which are there already."""
+        are. `fill` may change the ids, which are there already; `observe` sees every value between two
+        launches."""
         inputs = {
             name: value.to(self._device.name) for name, value in step_inputs(self._layout, parts).items()
         }
         fill(inputs["input_ids"])
         has_head = any(part.wanted for part in parts)
-        logits = self.compute(self._whole if has_head else self._body, inputs)
+        logits = self.compute(self._whole if has_head else self._body, inputs, observe)
         return logits if has_head else None
 
     def decode(self, inputs: Mapping[str, Tensor], operators: CudaOperators) -> Tensor:
         """Logits of a step whose inputs are on the device, by `operators`."""
         return self.compute(substitute(self._graph, operators), inputs)
 
-    def compute(self, graph: fx.Graph, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Enqueues `graph`, which may be a part of the model's."""
-        return interpret(graph, {**inputs, **self._caches}, self._weight)
+    def compute(
+        self, graph: fx.Graph, inputs: Mapping[str, Tensor], observe: Observer | None = None
+    ) -> Tensor:
+        """Enqueues `graph`, which may be a part of the model's; `observe` sees every value."""
+        return interpret(graph, {**inputs, **self._caches}, self._weight, observe)
 
     def close(self) -> None:
         """Give the caches back. Idempotent."""
