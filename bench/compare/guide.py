@@ -110,6 +110,8 @@ def written(page: str, results: Path = RESULTS) -> str:
             f"{100 * (kept['foreign_cpu_share'] or 0):.0f} % of the machine meanwhile."
         )
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if (page.count(start), page.count(end)) != (1, 1) or page.index(start) > page.index(end):
+            raise ValueError(f"the page must have {start} and {end} once each, in this order")
         before, _, rest = page.partition(start)
         _, _, after = rest.partition(end)
         page = f"{before}{start}\n{told}\n{end}{after}"
