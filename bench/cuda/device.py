@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 
-from llmc.codegen.cuda.assemble import Machine
-from llmc.kernels.cuda.launch import Launch
+from llmc.codegen.cuda.assemble import Machine, assemble
+from llmc.kernels.cuda.launch import Launch, Specialisation
 
+# Where parts work; `rehearsal.rehearse` makes it the CPU before they are imported.
 DEVICE = "cuda:0"
 
 
 def architecture() -> str:
-    """The device's own, such as sm_90."""
+    """The device's own, such as sm_90, which is what a rehearsal compiles for."""
+    if DEVICE == "cpu":
+        return "sm_90"
     major, minor = torch.cuda.get_device_capability(DEVICE)
     return f"sm_{major * 10 + minor}"
 
 
 class CompiledOnDemand:
     """A launcher that takes every kernel through the path of an artifact: compiled ahead of its first launch,
-    loaded from its bytes by the driver. Compiles in this process, so that nothing but the device is
-    measured."""
+    loaded from its bytes by the driver `library`. `compile_one` compiles, by default in this process."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        library: str = "libcuda.so.1",
+        compile_one: Callable[[tuple[Specialisation, str]], Machine] | None = None,
+    ) -> None:
         os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
         torch.zeros(1, device=DEVICE)
         from llmc.artifact.cuda import CudaKernel
         from llmc.runtime.executors import cuda_driver, cuda_kernels
 
-        self.driver = cuda_driver.CudaDriver()
-        self.stream = lambda: torch.cuda.current_stream(DEVICE).cuda_stream
+        self.driver = cuda_driver.CudaDriver(library)
+        self.stream = current_stream
+        self._compile_one = compile_one or _compile_here
         self._load, self._parameter = cuda_kernels.load_kernel, cuda_kernels.parameter_value
         self._kernel_type = CudaKernel
         self._functions: dict = {}
         self.machines: dict[str, Machine] = {}
+        self.overlaps = False
 
     def __call__(self, launch: Launch) -> None:
         if 0 in launch.grid:
@@ -49,10 +58,24 @@ class CompiledOnDemand:
         ]
         self.driver.launch(self._functions[specialisation], launch.grid, self.stream(), values)
 
-    def _compile(self, specialisation):
-        from llmc.codegen.cuda.worker import compile_one
+    def prepare(self, specialisations: Sequence[Specialisation]) -> None:
+        """Compile what is not there yet, over all cores, before anything is measured."""
+        missing = [each for each in dict.fromkeys(specialisations) if each not in self._functions]
+        made = assemble([(each, architecture()) for each in missing])
+        for each, machine in zip(missing, made, strict=True):
+            self._functions[each] = self._loaded(each, machine)
 
-        machine = compile_one((specialisation, architecture()))
+    def recorder(self, device):
+        """Records what a call enqueues on `device`'s stream, to which launches go from now on."""
+        from llmc.runtime.executors.cuda_graphs import record
+
+        self.stream = lambda: device.stream
+        return lambda work: record(self.driver, device.stream, work)
+
+    def _compile(self, specialisation: Specialisation):
+        return self._loaded(specialisation, self._compile_one((specialisation, architecture())))
+
+    def _loaded(self, specialisation: Specialisation, machine: Machine):
         self.machines[specialisation.key] = machine
         kernel = self._kernel_type(
             key=specialisation.key,
@@ -67,6 +90,12 @@ class CompiledOnDemand:
             toolkit=machine.toolkit,
         )
         return self._load(self.driver, kernel, machine.cubin)
+
+
+def _compile_here(wanted: tuple[Specialisation, str]) -> Machine:
+    from llmc.codegen.cuda.worker import compile_one
+
+    return compile_one(wanted)
 
 
 class OnDevice:
@@ -91,8 +120,33 @@ class OnDevice:
         return run
 
 
-def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def current_stream() -> int:
+    """The handle of torch's stream; the CPU has none."""
+    return 0 if DEVICE == "cpu" else torch.cuda.current_stream(DEVICE).cuda_stream
+
+
+def settled() -> None:
+    """Waits for everything that was enqueued."""
+    if DEVICE != "cpu":
+        torch.cuda.synchronize(DEVICE)
+
+
+def device_name() -> str:
+    """What the driver calls it."""
+    return "a rehearsal on the CPU" if DEVICE == "cpu" else torch.cuda.get_device_name(DEVICE)
+
+
+class _Again:
+    """Work that is done when it is replayed: what a rehearsal has for a graph."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.replay = work
+
+
+def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph | _Again:
     """`work` as a graph, after a run that loads whatever it needs."""
+    if DEVICE == "cpu":
+        return _Again(work)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -105,8 +159,12 @@ def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int = 20, rounds: int = 7) -> float:
-    """Median seconds of one replay, several enqueued at a time."""
+def replay_seconds(graph: torch.cuda.CUDAGraph | _Again, repeats: int = 20, rounds: int = 7) -> float:
+    """Median seconds of one replay, several enqueued at a time; in a rehearsal, of one."""
+    if DEVICE == "cpu":
+        began = time.perf_counter()
+        graph.replay()
+        return time.perf_counter() - began
     graph.replay()
     torch.cuda.synchronize()
     samples: list[float] = []

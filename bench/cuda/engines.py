@@ -13,13 +13,11 @@ from device import CompiledOnDemand
 
 import models
 from llmc.codegen.cuda.dry_walk import needs_of
-from llmc.codegen.cuda.words import stored_weights, word_weights
 from llmc.runtime.config import RuntimeConfig
 from llmc.runtime.engine import Engine
 from llmc.runtime.executors.cuda import Machine, executor_around
 from llmc.runtime.executors.cuda_device import Device
 from llmc.runtime.executors.cuda_executor import CudaExecutor
-from llmc.runtime.executors.cuda_graphs import record
 from llmc.runtime.executors.cuda_model import CudaModel
 from llmc.runtime.executors.stepped import SteppedExecutor
 from llmc.runtime.protocol import ExecutorCaps, RowDiff, SamplingState
@@ -32,15 +30,21 @@ SAMPLINGS = (
 )
 
 
+# Tokens that ways of running a step are compared over; (batch, tokens) that are timed; an engine's settings.
+TOKENS = 24
+RATES = ((1, 200), (64, 100))
+CONFIG = {"max_requests": 64, "max_step_tokens": 2048, "max_model_len": 2048}
+
+
 def machine_of(launcher: CompiledOnDemand) -> Machine:
     """The GPU; launches go to one stream, where they can be recorded."""
     device = Device(models.DEVICE)
-    launcher.stream = lambda: device.stream
+    free_bytes = torch.cuda.mem_get_info(models.DEVICE)[0] if device.is_cuda else 1 << 30
     return Machine(
         device=device,
         launcher=launcher,
-        recorder=lambda work: record(launcher.driver, device.stream, work),
-        free_bytes=torch.cuda.mem_get_info(models.DEVICE)[0],
+        recorder=launcher.recorder(device),
+        free_bytes=free_bytes,
         details={},
     )
 
@@ -51,11 +55,9 @@ class Served:
     def __init__(self, shape: str, scheme: str, machine: Machine, config: RuntimeConfig, pages: int) -> None:
         self.program, self.config = models.program_of(shape, scheme), config
         assert self.program.cache is not None
-        words = word_weights(self.program)
-        names = list(self.program.used_weights())
-        stored = stored_weights({name: self.program.weights[name] for name in names}, words)
-        read = stored | {word.codes: stored[word.stored] for word in words}
-        self._arenas = needs_of(self.program, read).arenas
+        needs = needs_of(self.program, models.read_weights(self.program))
+        machine.launcher.prepare(needs.kernels)
+        self._arenas = needs.arenas
         self._weights = models.random_weights(self.program)
         self._machine, self._pages = machine, pages
 
@@ -91,12 +93,15 @@ class Served:
             return executor_around(model, caps, config, machine, length, plans, self.program.capture.at_load)
 
 
-def generated(executor, config: RuntimeConfig, prompts, samplings, count: int) -> tuple[dict, list[float]]:
-    """Tokens by request, and the seconds between ends of steps."""
+def generated(
+    executor, config: RuntimeConfig, prompts, samplings, count: int | list[int]
+) -> tuple[dict, list[float]]:
+    """Tokens by request, `count` of each or by request, and the seconds between ends of steps."""
     engine = Engine(executor, config)
-    for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+    counts = [count] * len(prompts) if isinstance(count, int) else count
+    for number, (prompt, sampling, most) in enumerate(zip(prompts, samplings, counts, strict=True)):
         request = Request(
-            request_id=number, prompt_token_ids=tuple(prompt), max_tokens=count, sampling=sampling
+            request_id=number, prompt_token_ids=tuple(prompt), max_tokens=most, sampling=sampling
         )
         engine.add_request(request)
     tokens: dict[int, list[int]] = {number: [] for number in range(len(prompts))}
@@ -109,13 +114,13 @@ def generated(executor, config: RuntimeConfig, prompts, samplings, count: int) -
     return tokens, [later - sooner for sooner, later in pairwise(ends)]
 
 
-def same_tokens(shape: str, scheme: str, machine: Machine, count: int = 24) -> dict:
+def same_tokens(shape: str, scheme: str, machine: Machine) -> dict:
     """Replayed, launched and oracle-sampled steps, in a batch and alone: which of them give the same
     tokens."""
     config = RuntimeConfig(
         max_requests=4, max_step_tokens=64, max_model_len=128, prefix_cache=False, draft_tokens=4
     )
-    served = Served(shape, scheme, machine, config, pages=16)
+    served, count = Served(shape, scheme, machine, config, pages=16), TOKENS
     prompts = [(3, 5, 7, 9, 11), (2, 4), (1, 8, 6)]
     tokens: dict[str, object] = {}
     with_graphs = served.executor(graphs=True)
@@ -141,24 +146,23 @@ def same_tokens(shape: str, scheme: str, machine: Machine, count: int = 24) -> d
 
 def engine_rates(shape: str, scheme: str, machine: Machine) -> dict:
     """Seconds a token with engine, sampling and results around it, and how long graphs took to record."""
-    config = RuntimeConfig(
-        max_requests=64, max_step_tokens=2048, max_model_len=2048, prefix_cache=False, draft_tokens=4
-    )
-    served = Served(shape, scheme, machine, config, pages=64 * 20 + 64)
+    config = RuntimeConfig(prefix_cache=False, draft_tokens=4, **CONFIG)
+    pages = config.max_requests * (config.max_model_len // models.PAGE + 1)
+    served = Served(shape, scheme, machine, config, pages=pages)
     began = time.perf_counter()
     executor = served.executor(graphs=True)
     found: dict = {
         "load_graphs_s": time.perf_counter() - began,
         "launches": served.program.capture.num_launches,
     }
-    for batch, count in ((1, 200), (64, 100)):
+    for batch, count in RATES:
         prompts = [(1 + index, 2, 3, 4) for index in range(batch)]
         sampling = [SAMPLINGS[0]] * batch
-        generated(executor, config, prompts, sampling, 8)
+        generated(executor, config, prompts, sampling, min(8, count))
         cpu = time.process_time()
         _, seconds = generated(executor, config, prompts, sampling, count)
         cpu = time.process_time() - cpu
-        steady = seconds[8:-2]
+        steady = seconds[8:-2] or seconds
         found[f"decode b{batch}"] = {
             "ms_step": statistics.median(steady) * 1e3,
             "tok_s": batch / statistics.median(steady),

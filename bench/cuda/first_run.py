@@ -1,87 +1,115 @@
-"""Everything to learn on a machine with an NVIDIA GPU, in the order that matters, in one command: are the
-kernels right, are they as fast as their bytes allow, how fast are whole steps. Writes JSON after every part
-and skips parts that are there, so an interrupted run goes on.
+"""Everything to learn on a machine with an NVIDIA GPU, in one command and in the order that matters: are the
+kernels right, what must be known of the device, how fast are kernels, steps and engines, are the bars met.
 
-usage: first_run.py [--out FOLDER] [--only PART ...] [--list]
+Needs the tree and the libraries that `tree.py` lists. Writes JSON after every part and skips parts that are
+there, so an interrupted run goes on; --seconds ends it in time, --dry-run takes every part without a GPU.
+
+usage: first_run.py [--out FOLDER] [--only PART ...] [--list] [--seconds N] [--dry-run]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tree import REPOSITORY, missing_libraries, use_tree
+
+Parts = dict[str, Callable[[], object]]
 
 
-def use_tree() -> None:
-    """Import the package from the tree where it is not installed: the root is the package `llmc`."""
-    try:
-        import llmc  # noqa: F401
-    except ModuleNotFoundError:
-        from importlib.util import module_from_spec, spec_from_file_location
-
-        place = [str(REPOSITORY)]
-        spec = spec_from_file_location("llmc", REPOSITORY / "__init__.py", submodule_search_locations=place)
-        assert spec is not None
-        assert spec.loader is not None
-        module = module_from_spec(spec)
-        sys.modules["llmc"] = module
-        spec.loader.exec_module(module)
-
-
-def parts() -> dict[str, Callable[[], object]]:
+def parts(out: Path, *, rehearses: bool) -> Parts:
     """What is run, by name, in order: what must be right, what section after section must be known, what must
     be fast."""
-    from device import CompiledOnDemand
-    from engines import engine_rates, machine_of, same_tokens
+    named: Parts = {"correctness": lambda: correctness(rehearses=rehearses)}
+    if rehearses:
+        from rehearsal import Rehearsed, driver_path, rehearse
+
+        rehearse()
+        launcher = Rehearsed()
+        named["driver"] = driver_path
+    else:
+        from device import CompiledOnDemand
+
+        launcher = CompiledOnDemand()
+    from engines import machine_of, same_tokens
+    from graphs import recorded_launches
+
+    named["graphs"] = partial(recorded_launches, launcher)
+    named["artifact"] = lambda: artifact(out, rehearses=rehearses)
+    for scheme in TOKEN_SCHEMES:
+        named[f"tokens {scheme}"] = lambda s=scheme: same_tokens("small", s, machine_of(launcher))
+    return named | rates(launcher) | models_parts(launcher, out)
+
+
+def rates(launcher) -> Parts:
+    """The device's limits, and single kernels against them."""
     from limits import machine_limits
     from rates import attention_rates, product_rates
 
     from llmc.kernels.cuda.operators import CudaOperators
-    from models import step_times
 
-    launcher = CompiledOnDemand()
     operators = CudaOperators(launcher)
-    named: dict[str, Callable[[], object]] = {"correctness": correctness, "artifact": artifact}
-    for scheme in TOKEN_SCHEMES:
-        named[f"tokens {scheme}"] = lambda s=scheme: same_tokens("small", s, machine_of(launcher))
-    named["limits"] = machine_limits
+    named: Parts = {"limits": machine_limits}
     for form in ("bf16", "int4_g128", "int4_g32", "int8_g32", "fp8_channel"):
-        named[f"products {form}"] = lambda form=form: product_rates(operators, form)
-    named["attention"] = lambda: attention_rates(operators)
-    for shape in ("llama-3.2-1b", "llama-3.1-8b"):
-        for scheme in ("bf16", "int4_g128"):
-            named[f"steps {shape} {scheme}"] = lambda s=shape, p=scheme: step_times(s, p, launcher)
-            named[f"engine {shape} {scheme}"] = lambda s=shape, p=scheme: engine_rates(
-                s, p, machine_of(launcher)
-            )
+        named[f"products {form}"] = partial(product_rates, operators, form)
+    named["attention"] = partial(attention_rates, operators)
     return named
 
 
+def models_parts(launcher, out: Path) -> Parts:
+    """Whole steps, engines around them, peers, and the start of a process."""
+    from engines import engine_rates, machine_of
+    from peers import library_mixture, our_mixture, static_rates
+    from start import start_times
+
+    from models import step_times
+
+    named: Parts = {}
+    for shape, schemes in (("llama-3.2-1b", ("bf16", "int4_g128")), ("llama-3.1-8b", STEP_SCHEMES)):
+        for scheme in schemes:
+            named[f"steps {shape} {scheme}"] = partial(step_times, shape, scheme, launcher)
+            if scheme != "fp8":
+                named[f"engine {shape} {scheme}"] = lambda s=shape, p=scheme: engine_rates(
+                    s, p, machine_of(launcher)
+                )
+    named["transformers llama-3.1-8b"] = partial(static_rates, "llama-3.1-8b")
+    named["mixed llama-3.2-1b bf16"] = partial(our_mixture, "llama-3.2-1b", "bf16", launcher)
+    named["transformers mixed llama-3.2-1b"] = partial(library_mixture, "llama-3.2-1b")
+    named["start llama-3.1-8b bf16"] = partial(start_times, "llama-3.1-8b", out / "start")
+    return named
+
+
+STEP_SCHEMES = ("bf16", "int4_g128", "fp8")
 # Forms of weights and caches whose tokens are compared.
 TOKEN_SCHEMES = ("bf16", "int4_g128", "fp8", "kv_int8", "kv_fp8")
 
 
-def artifact() -> object:
+def artifact(out: Path, *, rehearses: bool) -> object:
     """The way of an artifact: the bundled model compiled for this GPU, loaded, held to its oracle, and
     generated from with and without graphs; loading must compile nothing."""
-    import shutil
-
     from device import architecture
 
     import llmc
+    from llmc.artifact.reader import open_artifact
     from llmc.runtime.config import RuntimeConfig
     from llmc.runtime.load import StartLedger
 
-    folder = REPOSITORY / "build" / "cuda_first_run" / "stories.llmc"
+    folder = out / "stories.llmc"
     shutil.rmtree(folder, ignore_errors=True)
     model = REPOSITORY / "models" / "stories-1m"
-    llmc.compile(model, quant="int4", target=f"cuda:{architecture()}", output=folder)
+    llmc.compile(model, quant="int8", target=f"cuda:{architecture()}", output=folder, verify="structure")
+    if rehearses:
+        from rehearsal import loaded_by_stub
+
+        return loaded_by_stub(open_artifact(folder))
     texts: dict[str, object] = {}
     ledger = StartLedger()
     for graphs in (True, False):
@@ -96,22 +124,24 @@ def artifact() -> object:
     return {"same": True, "start": ledger.steps, "texts": texts["True"]}
 
 
-def correctness() -> object:
-    """The operators' tests, every kernel compiled ahead of time and run on the device."""
-    command = [sys.executable, "-m", "pytest", str(REPOSITORY / "tests" / "kernels" / "cuda"), "-q", "-x"]
-    command += ["--import-mode=importlib", "-p", "no:cacheprovider"]
+def correctness(*, rehearses: bool) -> object:
+    """The operators' tests, every kernel compiled ahead of time and run on the device; in a rehearsal, one of
+    them, interpreted."""
+    command = [sys.executable, "-m", "pytest", str(REPOSITORY / "tests" / "kernels" / "cuda"), "-q"]
+    command += ["--import-mode=importlib", "-p", "no:cacheprovider", "-m", "not slow"]
+    command += ["-k", "test_linear and 64-128"] if rehearses else ["--deselect", ISSUE_BUDGET]
+    on_device = {} if rehearses else {"LLMC_TEST_DEVICE": "cuda", "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=device_environment()
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env={**os.environ, **on_device}
     )
     lines = done.stdout.strip().splitlines()
-    return {"passed": done.returncode == 0, "summary": lines[-1] if lines else done.stderr[-500:]}
+    if done.returncode:
+        raise AssertionError("\n".join([*lines[-60:], done.stderr[-500:]]))
+    return {"passed": True, "summary": lines[-1]}
 
 
-def device_environment() -> dict[str, str]:
-    """The environment of tests on the device."""
-    import os
-
-    return {**os.environ, "LLMC_TEST_DEVICE": "cuda", "TRITON_INTERPRET": "0"}
+# It disassembles, which needs no GPU.
+ISSUE_BUDGET = "tests/kernels/cuda/test_issue_budget.py"
 
 
 def main() -> int:
@@ -122,33 +152,89 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "build" / "cuda_first_run")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--seconds", type=float, default=1200.0, help="no part begins later than this")
+    parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    use_tree()
+    if missing := missing_libraries():
+        print(f"Not installed here: {', '.join(missing)}. The bench needs them and the tree, nothing else.")
+        return 4
+    out = options.out / "rehearsal" if options.dry_run else options.out
+    use_tree(out / "path")
+    if not options.dry_run and (reason := no_device()):
+        print(reason)
+        return 3
+    named = parts(out, rehearses=options.dry_run)
+    if options.list:
+        for name in named:
+            print(name, "(done)" if file_of(out, name).exists() else "")
+        return 0
+    if unknown := set(options.only) - set(named):
+        print(f"There are no parts named {', '.join(sorted(unknown))}: see --list.")
+        return 2
+    wanted = {name: work for name, work in named.items() if not options.only or name in options.only}
+    left = run(wanted, out, time.perf_counter() + options.seconds)
+    from bars import judged
+
+    (out / "bars.json").write_text(json.dumps({"part": "bars", "found": judged(out)}, indent=1))
+    for name, line in judged(out).items():
+        print(f"{name}: {json.dumps(line)}")
+    return 1 if left else 0
+
+
+def no_device() -> str:
+    """Why nothing can be run here; empty where it can."""
     import torch
 
-    if not torch.cuda.is_available():
-        print(
-            "There is no NVIDIA GPU here. The kernels can be checked without one: pytest tests/kernels/cuda"
-        )
-        return 3
-    options.out.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    for name, work in parts().items():
-        file = options.out / (name.replace(" ", "_") + ".json")
-        if options.list:
-            print(name, "(done)" if file.exists() else "")
-        elif (not options.only or name in options.only) and not file.exists():
-            began = time.perf_counter()
-            try:
-                found = work()
-            except Exception as error:  # noqa: BLE001 - one part's failure must not keep the others from running
-                print(f"{name}: {type(error).__name__}: {error}", flush=True)
-                failed += 1
-                continue
-            seconds = time.perf_counter() - began
-            file.write_text(json.dumps({"part": name, "seconds": seconds, "found": found}, indent=1))
-            print(f"{name} ({seconds:.0f} s): {json.dumps(found)}", flush=True)
-    return 1 if failed else 0
+    if torch.cuda.is_available():
+        return ""
+    return (
+        "There is no NVIDIA GPU here. The kernels can be checked without one: pytest tests/kernels/cuda; and "
+        "this command, with --dry-run."
+    )
+
+
+def run(named: Parts, out: Path, until: float) -> list[str]:
+    """Run the parts that have no file yet, while there is time; what failed or is left."""
+    left: list[str] = []
+    for name, work in named.items():
+        if file_of(out, name).exists():
+            continue
+        if time.perf_counter() > until:
+            print(f"{name}: no time left; run the command again")
+            left.append(name)
+            continue
+        began = time.perf_counter()
+        try:
+            found = work()
+        except Exception as error:  # noqa: BLE001 - one part's failure must not keep the others from running
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+            left.append(name)
+            continue
+        finally:
+            release()
+        seconds = time.perf_counter() - began
+        text = json.dumps({"part": name, "seconds": seconds, "found": found}, indent=1)
+        partial_file = file_of(out, name).with_suffix(".partial")
+        partial_file.write_text(text)
+        partial_file.rename(file_of(out, name))
+        print(f"{name} ({seconds:.0f} s): {json.dumps(found)}", flush=True)
+    return left
+
+
+def release() -> None:
+    """Give a part's memory back to the device before the next."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def file_of(out: Path, name: str) -> Path:
+    """Where a part's findings are."""
+    return out / (name.replace(" ", "_") + ".json")
 
 
 if __name__ == "__main__":

@@ -4,16 +4,20 @@ these."""
 from __future__ import annotations
 
 import torch
-from device import DEVICE, captured, replay_seconds, seconds_of
+from device import DEVICE, captured, device_name, replay_seconds, seconds_of
+
+# Bytes that are copied, and the sides of the matrices.
+COPIED_BYTES = 2 << 30
+SIDE = 8192
 
 
 def machine_limits() -> dict:
     """GB/s of a copy (bytes read and written), TFLOP/s of a large bfloat16 product, us of a launch in a
     graph."""
-    source = torch.empty(2 << 30, dtype=torch.uint8, device=DEVICE)
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copy = seconds_of(lambda: target.copy_(source))
-    a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    a = torch.randn(SIDE, SIDE, device=DEVICE, dtype=torch.bfloat16)
     product = seconds_of(lambda: a @ a)
     tiny = torch.zeros(1, device=DEVICE)
 
@@ -22,8 +26,8 @@ def machine_limits() -> dict:
             tiny.add_(1)
 
     return {
-        "device": torch.cuda.get_device_name(DEVICE),
+        "device": device_name(),
         "copy_gb_s": 2 * source.nbytes / copy / 1e9,
-        "bf16_tflop_s": 2 * 8192**3 / product / 1e12,
+        "bf16_tflop_s": 2 * SIDE**3 / product / 1e12,
         "graph_node_us": replay_seconds(captured(many)) / 200 * 1e6,
     }

@@ -6,13 +6,16 @@ from __future__ import annotations
 import time
 
 import torch
-from device import DEVICE, CompiledOnDemand, captured, replay_seconds
+from device import DEVICE, CompiledOnDemand, captured, replay_seconds, settled
 
+from llmc.codegen.cuda.dry_walk import needs_of
 from llmc.codegen.cuda.words import stored_weights, word_weights
 from llmc.compiler.trace import trace_config
 from llmc.ir.interpret import interpret
 from llmc.ir.paged import allocate_caches, step_inputs
 from llmc.ir.program import Program
+from llmc.ir.weights import Expr
+from llmc.kernels.cuda.launch import Specialisation
 from llmc.kernels.cuda.operators import CudaOperators
 from llmc.kernels.cuda.substitution import substitute
 from llmc.passes.base import PassContext
@@ -44,40 +47,53 @@ SHAPES = {
 # Recipes that need no data, as a preset and changes to it.
 RECIPES = {
     "bf16": ("none", ()),
-    "int4_g128": ("int8", ("rtn.bits=4", "rtn.group_size=128")),
+    "int4_g128": ("int4-fast", ("scale_search.group_size=128",)),
     "fp8": ("fp8", ()),
     "kv_int8": ("none", ("kv_layout.dtype=int8",)),
     "kv_fp8": ("none", ("kv_layout.dtype=fp8",)),
 }
 PAGE = 64
 VOCABULARY = 128256
+MAX_CONTEXT = 16384
+# (batch, context) of decode steps, and the tokens of a prefill.
+STEPS = ((1, 256), (1, 8192), (8, 1024), (64, 1024))
+PREFILL = 2048
 
 
-def program_of(shape: str, scheme: str) -> Program:
-    """The final program of a shape, weights unbound."""
+def config_of(shape: str):
+    """transformers' configuration of a shape."""
     from transformers import LlamaConfig
 
     tied = shape == "llama-3.2-1b"
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        max_position_embeddings=16384,
+        max_position_embeddings=MAX_CONTEXT,
         tie_word_embeddings=tied,
         **{"num_key_value_heads": 8} | SHAPES[shape],
     )
     config.architectures = ["LlamaForCausalLM"]
-    program = trace_config(config, dtype=torch.bfloat16, max_context=16384)
-    context = PassContext(target=parse_target("cuda:sm_90"), max_model_len=16384)
+    return config
+
+
+def program_of(shape: str, scheme: str) -> Program:
+    """The final program of a shape, weights unbound."""
+    program = trace_config(config_of(shape), dtype=torch.bfloat16, max_context=MAX_CONTEXT)
+    context = PassContext(target=parse_target("cuda:sm_90"), max_model_len=MAX_CONTEXT, planning=True)
     preset, changes = RECIPES[scheme]
     return run_passes(program, override(preset_recipe(preset), changes).passes, context, [])
 
 
+def read_weights(program: Program) -> dict[str, Expr]:
+    """Shapes and dtypes by the name that the program reads, in the form that kernels read."""
+    words = word_weights(program)
+    stored = stored_weights({name: program.weights[name] for name in program.used_weights()}, words)
+    return stored | {word.codes: stored[word.stored] for word in words}
+
+
 def random_weights(program: Program) -> dict[str, torch.Tensor]:
     """Tensors by the name that the program reads, in the form that kernels read."""
-    words = word_weights(program)
-    names = list(program.used_weights())
-    stored = stored_weights({name: program.weights[name] for name in names}, words)
-    shapes = stored | {word.codes: stored[word.stored] for word in words}
-    return {name: _random(shapes[name].shape, shapes[name].dtype) for name in names}
+    read = read_weights(program)
+    return {name: _random(read[name].shape, read[name].dtype) for name in program.used_weights()}
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -99,6 +115,11 @@ class Stepper:
         pages = [-(-tokens // PAGE) + 64 for _ in self.layout.groups]
         self.caches = {name: t.to(DEVICE) for name, t in allocate_caches(self.layout, pages).items()}
         self.graph = substitute(self.program.graph, CudaOperators(launcher))
+
+    @property
+    def kernels(self) -> list[Specialisation]:
+        """Those that its steps may launch."""
+        return needs_of(self.program, read_weights(self.program)).kernels
 
     def step(self, batch: int, context: int, new: int = 1):
         """A callable that runs a step of `batch` sequences with `new` tokens each behind `context - new`
@@ -122,10 +143,12 @@ class Stepper:
 
 
 def step_times(shape: str, scheme: str, launcher: CompiledOnDemand) -> dict:
-    """Milliseconds and share of the bytes' bandwidth: decode at batch 1, 8 and 64, prefill of 2048 tokens."""
-    stepper = Stepper(shape, scheme, launcher, tokens=64 * 1024 + 4096)
+    """Milliseconds and share of the bytes' bandwidth: decode at batch 1, 8 and 64, a prefill."""
+    most = max(batch * (context + PAGE) for batch, context in STEPS)
+    stepper = Stepper(shape, scheme, launcher, tokens=max(most, PREFILL) + 4096)
+    launcher.prepare(stepper.kernels)
     found: dict = {"weight_gb": stepper.weight_bytes / 1e9}
-    for batch, context in ((1, 256), (1, 8192), (8, 1024), (64, 1024)):
+    for batch, context in STEPS:
         began = time.perf_counter()
         step = stepper.step(batch, context)
         graph = captured(step)
@@ -138,10 +161,10 @@ def step_times(shape: str, scheme: str, launcher: CompiledOnDemand) -> dict:
             "gb_s": (stepper.weight_bytes + cache) / seconds / 1e9,
             "capture_s": capture_s,
         }
-    prefill = stepper.step(1, 2048, new=2048)
+    prefill = stepper.step(1, PREFILL, new=PREFILL)
     prefill()
-    torch.cuda.synchronize()
+    settled()
     seconds = replay_seconds(captured(prefill), repeats=3)
     parameters = sum(w.numel() for w in stepper.weights.values() if w.dim() > 1)
-    found["prefill 2048"] = {"ms": seconds * 1e3, "tok_s": 2048 / seconds, "stored_parameters": parameters}
+    found["prefill"] = {"ms": seconds * 1e3, "tok_s": PREFILL / seconds, "stored_parameters": parameters}
     return found

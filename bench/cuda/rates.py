@@ -17,6 +17,9 @@ MATRICES = {
     "head": (128256, 4096),
 }
 ROWS = (1, 8, 16, 64, 512, 2048)
+# (batch, context) of attention, over pages of `PAGE` tokens.
+CONTEXTS = ((1, 1024), (1, 8192), (8, 1024), (8, 8192), (64, 1024), (1, 65536))
+PAGE = 64
 _ROTATE_BYTES = 512 << 20
 
 
@@ -48,16 +51,20 @@ def product_rates(operators: CudaOperators, form: str) -> dict:
             multiply = operators.linear if form == "bf16" else operators.quantized_linear
             seconds = seconds_of(lambda: [multiply(x, *copy) for copy in copies]) / len(copies)  # noqa: B023
             flops = 2 * rows * n * k / seconds / 1e12
-            found[f"{name} m{rows}"] = {"us": seconds * 1e6, "gb_s": size / seconds / 1e9, "tflop_s": flops}
+            rate = {"us": seconds * 1e6, "gb_s": size / seconds / 1e9, "tflop_s": flops}
+            if form == "bf16":  # what the numeric contract costs against a library that may change its sums
+                theirs = seconds_of(lambda: [x @ weight.T for weight, _ in copies])  # noqa: B023
+                rate["library_us"] = theirs / len(copies) * 1e6
+            found[f"{name} m{rows}"] = rate
     return found
 
 
 def attention_rates(operators: CudaOperators) -> dict:
     """Decode of Llama-3.1-8B's attention: GB/s over the bytes of K and V, beside torch's own over dense
     tensors."""
-    heads, groups, width, page = 32, 8, 128, 64
+    heads, groups, width, page = 32, 8, 128, PAGE
     found: dict = {}
-    for batch, context in ((1, 1024), (1, 8192), (8, 1024), (8, 8192), (64, 1024), (1, 65536)):
+    for batch, context in CONTEXTS:
         per_sequence = context // page
         pages = batch * per_sequence
         k, v = (

@@ -73,7 +73,7 @@ class Interpreted:
         """`work`, of which torch's operators are enqueued on the device, too, as they are on a real one."""
 
         def enqueue_all():
-            with _Enqueued(self._enqueue):
+            with Enqueued(self._enqueue):
                 work()
 
         return enqueue_all
@@ -107,7 +107,7 @@ class Interpreted:
             self.errors.append(error)
 
 
-class _Enqueued(TorchDispatchMode):
+class Enqueued(TorchDispatchMode):
     """Gives `enqueue` what each operator would do to memory, and only makes the memory of its results."""
 
     def __init__(self, enqueue):
