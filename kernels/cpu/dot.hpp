@@ -24,13 +24,23 @@ struct RowPointers {
 template <class S, int M>
 LLMC_INLINE RowPointers<S, M> row_pointers(const QuantRows& x, const int32_t* index, int64_t first) {
   RowPointers<S, M> out;
+  const int8_t* codes = x.codes + first * S::Limbs * x.code_stride;
+  const int32_t* sums = x.sums + first * S::Limbs * x.unit_stride;
+  const float* scales = x.scales + first * x.unit_stride;
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
-    const int64_t row = index ? index[first + m] : first + m;
-    for (int limb = 0; limb < S::Limbs; ++limb) {
-      out.codes[m * S::Limbs + limb] = x.codes + (row * S::Limbs + limb) * x.code_stride;
-      out.sums[m * S::Limbs + limb] = x.sums + (row * S::Limbs + limb) * x.unit_stride;
+    if (index) {
+      const int64_t row = index[first + m];
+      codes = x.codes + row * S::Limbs * x.code_stride;
+      sums = x.sums + row * S::Limbs * x.unit_stride;
+      scales = x.scales + row * x.unit_stride;
     }
-    out.scales[m] = x.scales + row * x.unit_stride;
+    for (int limb = 0; limb < S::Limbs; ++limb, codes += x.code_stride, sums += x.unit_stride) {
+      out.codes[m * S::Limbs + limb] = codes;
+      out.sums[m * S::Limbs + limb] = sums;
+    }
+    out.scales[m] = scales;
+    scales += x.unit_stride;
   }
   return out;
 }

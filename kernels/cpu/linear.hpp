@@ -58,26 +58,47 @@ struct Product {
   int64_t ldy, in_features, out_features;
 };
 
+// Rows [first, last), a multiple of M of them, with each of some tiles. Passes of M rows stay in here: what a call
+// costs is a tenth of a pass over a narrow matrix.
 template <class S, int M, Into I>
-LLMC_KERNEL void dot_tiles(const Product& p, int64_t first, int64_t tile_begin, int64_t tile_end) {
-  const RowPointers<S, M> rows = row_pointers<S, M>(p.x, p.index, first);
+LLMC_KERNEL void dot_tiles(const Product& p, int64_t first, int64_t last, int64_t tile_begin, int64_t tile_end) {
   const size_t bytes = S::tile_bytes(p.in_features);
   alignas(64) float acc[M * kTileRows];
+  RowPointers<S, M> rows = row_pointers<S, M>(p.x, p.index, first);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const int64_t column = tile * kTileRows;
-    float* y = p.y + first * p.ldy + column;
-    for (int m = 0; m < M; ++m) prefetch_tile_row(y + m * p.ldy);
-    tile_dot<S, M>(p.weight + tile * bytes, rows, S::groups(p.in_features), acc);
-    for (int m = 0; m < M; ++m)
-      put_tile<I>(acc + m * kTileRows, p.bias ? p.bias + column : nullptr, y + m * p.ldy, p.out_features - column);
+    const float* bias = p.bias ? p.bias + column : nullptr;
+    for (int64_t row = first; row < last; row += M) {
+      if (last - first > M) rows = row_pointers<S, M>(p.x, p.index, row);
+      float* y = p.y + row * p.ldy + column;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) prefetch_tile_row(y + m * p.ldy);
+      tile_dot<S, M>(p.weight + tile * bytes, rows, S::groups(p.in_features), acc);
+      for (int m = 0; m < M; ++m) put_tile<I>(acc + m * kTileRows, bias, y + m * p.ldy, p.out_features - column);
+    }
   }
 }
 
-// Calls dot_tiles for `count` rows, at most kDotRows<S>.
+// Rows [first, last), at most kDotRows<S>.
 template <class S, Into I, int M = kDotRows<S>>
-LLMC_INLINE void dot_rows(const Product& p, int64_t first, int64_t count, int64_t tile_begin, int64_t tile_end) {
-  if (count == M) return dot_tiles<S, M, I>(p, first, tile_begin, tile_end);
-  if constexpr (M > 1) dot_rows<S, I, M - 1>(p, first, count, tile_begin, tile_end);
+LLMC_INLINE void dot_rows(const Product& p, int64_t first, int64_t last, int64_t tile_begin, int64_t tile_end) {
+  if (last - first == M) return dot_tiles<S, M, I>(p, first, last, tile_begin, tile_end);
+  if constexpr (M > 1) dot_rows<S, I, M - 1>(p, first, last, tile_begin, tile_end);
+}
+
+// Rows [first, last) in passes of `chunk` rows and one of the rest, tile by tile.
+template <class S, Into I, int M = kDotRows<S>>
+LLMC_INLINE void dot_block(const Product& p, int64_t first, int64_t last, int64_t chunk, int64_t tile_begin,
+                           int64_t tile_end) {
+  if (chunk == M) {
+    const int64_t whole = first + (last - first) / M * M;
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+      if (whole > first) dot_tiles<S, M, I>(p, first, whole, tile, tile + 1);
+      if (whole < last) dot_rows<S, I>(p, whole, last, tile, tile + 1);
+    }
+    return;
+  }
+  if constexpr (M > 1) dot_block<S, I, M - 1>(p, first, last, chunk, tile_begin, tile_end);
 }
 
 #if LLMC_AMX
@@ -120,12 +141,8 @@ inline void linear_tiles(const Product& p, int64_t tile_begin, int64_t tile_end)
 #endif
   if (p.rows <= kDotRows<S>) return dot_rows<S, I>(p, 0, p.rows, tile_begin, tile_end);
   const int64_t chunk = row_chunk(p.rows, kDotRows<S>), block = row_block(chunk, S::Limbs * p.x.code_stride);
-  for (int64_t begin = 0; begin < p.rows; begin += block) {
-    const int64_t end = begin + block < p.rows ? begin + block : p.rows;
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile)
-      for (int64_t first = begin; first < end; first += chunk)
-        dot_rows<S, I>(p, first, first + chunk < end ? chunk : end - first, tile, tile + 1);
-  }
+  for (int64_t begin = 0; begin < p.rows; begin += block)
+    dot_block<S, I>(p, begin, begin + block < p.rows ? begin + block : p.rows, chunk, tile_begin, tile_end);
 }
 
 // The product, shared among threads by whole multiples of `grain` tiles.
