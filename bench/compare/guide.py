@@ -29,7 +29,7 @@ RECIPES = ("none", "int8", "int4-fast", "int4")
 COMPARISON = ["compare", MODEL, *(part for recipe in RECIPES for part in ("--recipe", recipe))]
 COMPARISON += ["--target", "cpu", "--price-per-hour", "0.20", "--limit", "tpot=0.005"]
 SEARCH = ["compare", MODEL, "--search", "--target", "cpu", "--limit", "kl=0.02", "--limit", "size=10MB"]
-SEARCH += ["--threads", "1", "--budget-seconds", "4", "--budget-minutes", "1.5"]
+SEARCH += ["--threads", "1", "--budget-seconds", "4", "--budget-minutes", "7"]
 SHOWN = ("bits_per_weight", "size_bytes", "kl_mean", "peak_bytes", "tpot_s", "throughput_tokens_per_s")
 
 
