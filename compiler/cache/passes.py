@@ -21,8 +21,15 @@ from .sources import ROOT
 Result = TypeVar("Result")
 
 _KIND = "pass"
+
 # What every pass's result depends on, beside the pass itself.
-_MANAGER = ("passes/manager.py", "passes/instruments.py", "ir/infer.py", "ir/document.py")
+MANAGER = ("passes/manager.py", "passes/instruments.py", "ir/infer.py", "ir/document.py")
+
+
+def program_content(program: Program) -> tuple[object, ...]:
+    """All that tells a program from others, for a key of the cache."""
+    weights = {name: program.weights[name] for name in program.weights}
+    return (encode_program(program), program.spec, dict(program.weights.ties)), weights
 
 
 class CachedPasses:
@@ -60,11 +67,10 @@ class CachedPasses:
         return program
 
     def _first_key(self, bound: Program, watch: str) -> str:
-        code = self._cache.files_digest([ROOT / name for name in _MANAGER] + sorted(ROOT.glob("ir/ops/*.py")))
-        weights = {name: bound.weights[name] for name in bound.weights}
-        facts = (encode_program(bound), bound.spec, dict(bound.weights.ties))
-        key = self._cache.key("passes", code, watch, facts, weights, self._context)
-        for path in {source.path for source in stored_sources(weights.values())}:
+        code = self._cache.files_digest([ROOT / name for name in MANAGER] + sorted(ROOT.glob("ir/ops/*.py")))
+        key = self._cache.key("passes", code, watch, *program_content(bound), self._context)
+        weights = (bound.weights[name] for name in bound.weights)
+        for path in {source.path for source in stored_sources(weights)}:
             self._files[self._cache.file_digest(Path(path))] = path
         return key
 
