@@ -51,6 +51,10 @@ bench-cpu: $(STAMP)
 	$(BIN)/python bench/cpu/kernels.py
 	$(BIN)/python bench/cpu/end_to_end.py --shape qwen2.5-0.5b
 	$(BIN)/python bench/cpu/end_to_end.py --shape llama-3.2-1b
+	$(BIN)/python bench/cpu/first_token.py
+	$(BIN)/python bench/cpu/build.py
+	$(BIN)/python bench/cpu/sampling.py
+	$(BIN)/python bench/cpu/accuracy.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 python bench/cpu/end_to_end.py [NAME=KIND:MODEL[:PYTHON] ...] [--shape SHAPE] [--rounds N] [--threads N]
 Without engines: the artifacts of prepare.py, then those that LLMC_BENCH_PEERS names in the same form.
+An empty --batches leaves decoding out, for engines that take minutes.
 """
 
 from __future__ import annotations
@@ -115,18 +116,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument("--record", help="name of the result; otherwise cpu_end_to_end_SHAPE")
     parser.add_argument("--shape", choices=list(SHAPES), default=next(iter(SHAPES)))
     asked = parser.parse_args()
     texts = asked.engines or [f"{name}=llmc:{artifact_path(asked.shape, name)}" for name in VARIANTS]
     texts += [] if asked.engines else shlex.split(os.environ.get("LLMC_BENCH_PEERS", ""))
-    batches = tuple(map(int, asked.batches.split(",")))
+    batches = tuple(int(batch) for batch in asked.batches.split(",") if batch)
     engines = [parse_engine(text, asked.threads) for text in texts]
     draw = random.Random(int.from_bytes(os.urandom(4), "little"))
     for engine in engines:
         engine.seconds(prompts_of(draw, [PREFILL]), [4])
     folder = tempfile.TemporaryDirectory()
     program = build_program(supported_levels(cpu_features())[-1].name, Path(folder.name))
-    bench = Record(f"cpu_end_to_end_{asked.shape}")
+    bench = Record(asked.record or f"cpu_end_to_end_{asked.shape}")
     rates: dict[str, dict[str, list[float]]] = {engine.name: {} for engine in engines}
     measured: dict[str, list[float]] = {name: [] for name in LIMITS}
     for _ in range(asked.rounds):

@@ -1,16 +1,22 @@
 """One inference engine as a process: commands on stdin, one JSON object a line on stdout.
 
-python engines.py KIND MODEL THREADS, with KIND llmc, openvino or onnxruntime. Each engine may live in an
-environment of its own: nothing else is imported.
+python engines.py KIND MODEL THREADS, with KIND one of KINDS. Each engine may live in an environment of its
+own: nothing else is imported. `llamacpp` starts what LLAMA_SERVER names, or `llama-server` on the path.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import resource
+import socket
+import subprocess
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 
@@ -110,7 +116,104 @@ class OnnxRuntime:
         return sum(lengths)
 
 
-KINDS = {"llmc": Llmc, "openvino": OpenVino, "onnxruntime": OnnxRuntime}
+class Transformers:
+    """Hugging Face transformers, eager, in bfloat16: one request after the other."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+
+    def generate(self, prompts: list[list[int]], lengths: list[int]) -> int:
+        """All prompts in turn; tokens produced."""
+        made = 0
+        for prompt, length in zip(prompts, lengths, strict=True):
+            ids = self._torch.tensor([prompt])
+            done = self._model.generate(
+                ids,
+                attention_mask=self._torch.ones_like(ids),
+                max_new_tokens=length,
+                min_new_tokens=length,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            made += int(done.shape[1]) - len(prompt)
+        return made
+
+
+class LlamaCpp:
+    """llama.cpp's own server, as many slots as requests; prompts are sent as tokens, all at once."""
+
+    SLOTS = 32
+
+    def __init__(self, model: str, threads: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._url = f"http://127.0.0.1:{port}"
+        command = [os.environ.get("LLAMA_SERVER", "llama-server"), "-m", model, "--port", str(port)]
+        command += [
+            "-t",
+            str(threads),
+            "-tb",
+            str(threads),
+            "-np",
+            str(self.SLOTS),
+            "-c",
+            str(512 * self.SLOTS),
+        ]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        atexit.register(self._process.terminate)
+        while not self._is_ready():
+            if self._process.poll() is not None:
+                raise RuntimeError(f"{command[0]} ended with {self._process.returncode}")
+            time.sleep(0.05)
+
+    def generate(self, prompts: list[list[int]], lengths: list[int]) -> int:
+        """All prompts together; tokens produced."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return sum(pool.map(self._complete, prompts, lengths))
+
+    def _complete(self, prompt: list[int], length: int) -> int:
+        asked = {"prompt": prompt, "n_predict": length, "temperature": 0, "ignore_eos": True}
+        body = json.dumps({**asked, "cache_prompt": False}).encode()
+        request = urllib.request.Request(
+            self._url + "/completion", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            return int(json.load(answer)["timings"]["predicted_n"])
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(self._url + "/health", timeout=2) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+
+KINDS: dict[str, Any] = {
+    "llmc": Llmc,
+    "openvino": OpenVino,
+    "onnxruntime": OnnxRuntime,
+    "transformers": Transformers,
+    "llamacpp": LlamaCpp,
+}
+
+
+def peak_memory_bytes() -> int:
+    """Of this process, and of each that it has started and that still runs."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        except OSError:
+            continue  # it has ended
+        if fields.get("PPid", "").strip() == str(os.getpid()) and "VmHWM" in fields:
+            peak += int(fields["VmHWM"].split()[0]) * 1024
+    return peak
 
 
 def main() -> None:
@@ -123,8 +226,8 @@ def main() -> None:
         began = time.perf_counter()
         tokens = engine.generate(asked["prompts"], asked["lengths"])
         seconds = time.perf_counter() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"tokens": tokens, "seconds": seconds, "peak_memory_bytes": peak}), flush=True)
+        told = {"tokens": tokens, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+        print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":
