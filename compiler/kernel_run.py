@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from ..ir.paged import PagedSequence, scatter_pages
 from ..kernels.cuda.launch import Launch, Launcher, Specialisation
 from ..spec.errors import ArtifactError, TargetError
 from .node_values import NodeRun, run_steps
+
+if TYPE_CHECKING:
+    from ..runtime.executors.cuda import Machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +121,9 @@ def interpret_launches(
     return run_launches(artifact, replace(machine, launcher=launch_known), prompts)
 
 
-def run_launches(artifact: Artifact, machine: Any, prompts: Sequence[tuple[int, ...]]) -> KernelRun:
-    """Run `prompts` (token ids, at least two each) on a `runtime.executors.cuda.Machine`: all their tokens
-    but the last in one step of prefill, the last ones in a step of decode."""
+def run_launches(artifact: Artifact, machine: Machine, prompts: Sequence[tuple[int, ...]]) -> KernelRun:
+    """Run `prompts` (token ids, at least two each) on a machine: all their tokens but the last in one step of
+    prefill, the last ones in a step of decode."""
     from ..runtime.executors.cuda import open_model
 
     noted = _Noted(machine.launcher)

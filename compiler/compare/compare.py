@@ -17,8 +17,9 @@ from ...runtime.tokenizer import Tokenizer
 from ...spec.errors import UsageError
 from ..ledger import Progress, Silent
 from ..quality import PROBE_TEXTS, Quality
+from .divergence import Divergence, first_divergences
 from .measure import Samples, Work, measure_in_processes, side_ratios
-from .quality import Divergence, first_divergence, layer_errors, qualities, stored_program
+from .quality import layer_errors, qualities, stored_program
 from .runner import Runner, WorkerRunner
 from .sides import Side, SideRequest, open_cache, open_sides
 from .statistics import Ratio, pareto
@@ -140,9 +141,11 @@ def compare(
         tokenizer = Tokenizer.from_folder(sides[0].artifact.tokenizer_folder)
         limit = min(side.artifact.manifest.spec.max_context for side in sides)
         work = _work(request, tokenizer, limit)
-        samples = _measured(sides, work, make, request, told, clock)
+        runners = {side.name: partial(make, side) for side in sides}
+        samples = _measured(runners, work, request, told, clock)
         told.begin("compare the logits")
-        rows, tokens = _rows(request, sides, baseline, samples, work, tokenizer, limit)
+        parted = first_divergences(samples, baseline, work.prompts, runners)
+        rows, tokens = _rows(request, sides, baseline, samples, parted, work, tokenizer, limit)
         told.end("compare the logits", 0.0)
     return Comparison(
         baseline=baseline,
@@ -186,7 +189,7 @@ def _reference(sides: Sequence[Side], baseline: str) -> str:
 
 
 def _work(request: CompareRequest, tokenizer: Tokenizer, limit: int) -> Work:
-    room = limit - request.num_tokens
+    room = limit - request.num_tokens - 1  # the last token, too, is asked for its log-probability
     if room < 1:
         raise UsageError(
             "compare.num_tokens",
@@ -205,9 +208,8 @@ def _work(request: CompareRequest, tokenizer: Tokenizer, limit: int) -> Work:
 
 
 def _measured(
-    sides: Sequence[Side],
+    runners: Mapping[str, Callable[[], Runner]],
     work: Work,
-    make: Callable[[Side], Runner],
     request: CompareRequest,
     progress: Progress,
     clock: Callable[[], float],
@@ -215,7 +217,7 @@ def _measured(
     progress.begin("measure")
     started = clock()
     samples = measure_in_processes(
-        {side.name: partial(make, side) for side in sides},
+        runners,
         work,
         rng=random.Random(request.seed),
         clock=clock,
@@ -230,6 +232,7 @@ def _rows(
     sides: Sequence[Side],
     baseline: str,
     samples: Mapping[str, Samples],
+    parted: Mapping[str, Divergence | None],
     work: Work,
     tokenizer: Tokenizer,
     limit: int,
@@ -243,17 +246,14 @@ def _rows(
     rows: list[Row] = []
     for side in sides:
         own, base = samples[side.name], samples[baseline]
-        parted = first_divergence(
-            programs[side.name], programs[baseline], work.prompts, own.token_ids, base.token_ids
-        )
         rows.append(
             Row(
                 name=side.name,
                 values=_values(side, own, judged[side.name], request, work),
                 ratios=_ratios(own, base, request.seed),
                 layers=layers[side.name],
-                divergence=parted,
-                texts=_texts(tokenizer, work, parted),
+                divergence=parted[side.name],
+                texts=_texts(tokenizer, work, parted[side.name]),
                 latencies=_latencies(own),
                 executor=own.facts.executor,
                 recipe=side.artifact.manifest.recipe.name,

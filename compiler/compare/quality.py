@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...artifact.reader import Artifact
@@ -19,21 +17,6 @@ from ..node_values import relative_error, run_nodes
 from ..quality import Quality, compare
 
 _ATTENTION = ("paged_attention",)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Divergence:
-    """Where greedy text leaves the baseline's: prompt and token index, both tokens, and by how much each side
-    prefers its own (logit of its token above that of the other's, given the common text)."""
-
-    prompt: int
-    index: int
-    token: int
-    baseline_token: int
-    gap: float
-    baseline_gap: float
-    continuation: tuple[int, ...]
-    baseline_continuation: tuple[int, ...]
 
 
 def stored_program(artifact: Artifact) -> Program:
@@ -96,36 +79,3 @@ def _attention_outputs(program: Program, sequences: Sequence[Sequence[int]]) -> 
         if node.op == "call_function" and any(word in str(node.target) for word in _ATTENTION)
     ]
     return [*(run.rows[name] for name in names), run.logits]
-
-
-def first_divergence(
-    side: Program,
-    baseline: Program,
-    prompts: Sequence[tuple[int, ...]],
-    tokens: Mapping[int, tuple[int, ...]],
-    expected: Mapping[int, tuple[int, ...]],
-) -> Divergence | None:
-    """The first token at which greedy texts part, over all prompts in order of index; None where none do."""
-    earliest: tuple[int, int] | None = None
-    for prompt in tokens:
-        pairs = enumerate(zip(tokens[prompt], expected[prompt], strict=False))
-        index = next((index for index, (one, two) in pairs if one != two), None)
-        if index is not None and (earliest is None or index < earliest[1]):
-            earliest = (prompt, index)
-    if earliest is None:
-        return None
-    prompt, index = earliest
-    own, other = tokens[prompt], expected[prompt]
-    common = (*prompts[prompt], *own[:index])
-    with torch.no_grad():
-        ours, theirs = (logits_of(program, [common])[-1] for program in (side, baseline))
-    return Divergence(
-        prompt=prompt,
-        index=index,
-        token=own[index],
-        baseline_token=other[index],
-        gap=float(ours[own[index]] - ours[other[index]]),
-        baseline_gap=float(theirs[other[index]] - theirs[own[index]]),
-        continuation=own[index:],
-        baseline_continuation=other[index:],
-    )

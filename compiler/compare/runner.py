@@ -51,6 +51,10 @@ class Runner(Protocol):
         """All requests at once."""
         ...
 
+    def score(self, prompts: Sequence[Sequence[int]]) -> tuple[float, ...]:
+        """The log-probability of each prompt's last token (of two at least) after those before it."""
+        ...
+
     def facts(self) -> Facts:
         """Of the loading, and of memory so far."""
         ...
@@ -89,6 +93,10 @@ class WorkerRunner:
         told = self._ask({"do": "batch", "prompts": [list(p) for p in prompts], "num_tokens": num_tokens})
         times = tuple((ttft, tpot) for ttft, tpot in told["times"])
         return Batch(told["wall_s"], told["output_tokens"], times)
+
+    def score(self, prompts: Sequence[Sequence[int]]) -> tuple[float, ...]:
+        """The log-probability of each prompt's last token after those before it."""
+        return tuple(self._ask({"do": "score", "prompts": [list(p) for p in prompts]})["logprobs"])
 
     def facts(self) -> Facts:
         """Of the loading, and of memory so far."""

@@ -54,6 +54,10 @@ def _obey(llm: LLM, order: dict[str, Any]) -> dict[str, Any]:
             wall = time.perf_counter() - started
             made = sum(len(output.token_ids) for output in outputs)
             return {"wall_s": wall, "output_tokens": made, "times": [_times(output) for output in outputs]}
+        case "score":
+            params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=True)
+            outputs = llm.generate(order["prompts"], params)
+            return {"logprobs": [output.prompt_logprobs[-1].logprob for output in outputs]}
         case _:
             return {"peak_bytes": peak_bytes()}
 

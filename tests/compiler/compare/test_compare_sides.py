@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
 from click.testing import CliRunner
 
+from llmc.artifact.reader import open_unchecked
 from llmc.cli.main import main
 from llmc.compiler.compare.compare import CompareRequest, compare
+from llmc.compiler.compare.divergence import first_divergences
+from llmc.compiler.compare.measure import Samples
 from llmc.compiler.compare.page import comparison_page
-from llmc.compiler.compare.sides import SideRequest
+from llmc.compiler.compare.quality import stored_program
+from llmc.compiler.compare.runner import Facts, Single, WorkerRunner
+from llmc.compiler.compare.sides import Side, SideRequest
 from llmc.compiler.compare.words import ratio_text
 from llmc.compiler.driver import compile_model
+from llmc.passes.probe import logits_of
 from llmc.spec.errors import UsageError
 
 
@@ -148,3 +155,27 @@ def test_an_override_that_no_recipe_has_is_refused(stories_1m):
     result = run(stories_1m, "--recipe", "int8", "--recipe", "none", "--set", "gptg.bits=3")
     assert result.exit_code == 2
     assert "'gptg.bits=3' changes nothing here" in result.output
+
+
+def test_gaps_are_those_of_the_logits_that_each_side_had(artifacts):
+    """Texts are made to part at tokens that the sides did not choose, so that gaps are large and known."""
+    sides = {name: Side(name=name, artifact=open_unchecked(artifacts[name])) for name in ("plain", "eight")}
+    prompts, facts = ((5, 6, 7, 8),), Facts(load_s=0.0, peak_bytes=0, executor="reference")
+    texts = {"plain": (9, 10, 11), "eight": (9, 30, 31)}
+    samples = {
+        name: Samples(facts=facts, singles=[(Single(0.1, 0.1, tokens),)]) for name, tokens in texts.items()
+    }
+    make = {name: partial(WorkerRunner, side.artifact.path, num_threads=1) for name, side in sides.items()}
+    found = first_divergences(samples, "plain", prompts, make)
+    assert found["plain"] is None
+    parted = found["eight"]
+    assert (parted.prompt, parted.index, parted.token, parted.baseline_token) == (0, 1, 30, 10)
+    assert (parted.continuation, parted.baseline_continuation) == ((30, 31), (10, 11))
+    ours, theirs = (
+        logits_of(stored_program(sides[name].artifact), [(*prompts[0], 9)])[-1].double()
+        for name in ("eight", "plain")
+    )
+    # The stored program is computed in bfloat16, whose logits differ from the executor's in the last place.
+    tolerance = 4 * 2**-8 * float(theirs.abs().max())
+    assert parted.gap == pytest.approx(float(ours[30] - ours[10]), abs=tolerance)
+    assert parted.baseline_gap == pytest.approx(float(theirs[10] - theirs[30]), abs=tolerance)

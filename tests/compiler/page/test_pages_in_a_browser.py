@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from llmc.compiler.compare.compare import Comparison, Row
+from llmc.compiler.compare.divergence import Divergence
 from llmc.compiler.compare.page import comparison_page
-from llmc.compiler.compare.quality import Divergence
 from llmc.compiler.compare.statistics import Ratio
 from llmc.compiler.driver import compile_model
 
