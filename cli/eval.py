@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,13 @@ def evaluate(
     with shown_progress(output) as progress:
         progress.begin("evaluate")
         found = evaluate(request, progress.advance)
-    how = {"window": found.window, "stride": found.stride, "documents": found.documents}
+    how = {
+        "window": found.window,
+        "stride": found.stride,
+        "documents": found.documents,
+        "bits_per_weight": found.bits_per_weight,
+        "worst_layers": [asdict(error) for error in found.worst_layers],
+    }
     output.result({**found.judgement.as_dict(), **how}, _summary(found))
 
 
@@ -52,4 +59,9 @@ def _summary(found: Evaluated) -> str:
     if judged.kl_p99 is not None:
         rows.append(("kl p99", f"{judged.kl_p99:.4g}"))
         rows.append(("greedy match", f"{judged.greedy_match:.1f} tokens"))
+    rows.append(("bits per weight", f"{found.bits_per_weight:.3f}"))
+    for number, layer in enumerate(found.worst_layers):
+        lost = f"{layer.error:.2g} of its output, {layer.nearest_error:.2g} by rounding to nearest"
+        text = f"{layer.subject} lost {lost}"
+        rows.append(("" if number else "worst layers", text))
     return table(rows)

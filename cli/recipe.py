@@ -29,11 +29,14 @@ def list_recipes(output: Output) -> None:
 @click.argument("preset")
 @with_output
 def show_recipe(output: Output, preset: str) -> None:
-    """Print PRESET as YAML, to be edited and given to `llmc compile --recipe`."""
+    """Print PRESET as YAML, what it is for in its first line, to be edited and given to `llmc compile
+    --recipe`."""
+    from ..passes.presets import preset_named
     from ..passes.recipes import preset_recipe, to_yaml
 
-    text = to_yaml(preset_recipe(preset))
-    output.result({"name": preset, "yaml": text}, text.rstrip("\n"))
+    summary = preset_named(preset).summary
+    text = f"# {summary}\n{to_yaml(preset_recipe(preset))}"
+    output.result({"name": preset, "summary": summary, "yaml": text}, text.rstrip("\n"))
 
 
 @recipe.command("check")

@@ -6,15 +6,16 @@ weights and schemes, not kernels, which `llmc verify` holds to the same program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from torch import Tensor
 
 from ..artifact.reader import open_artifact
-from ..artifact.schema import PORTABLE_PROGRAM, TOKENIZER_FOLDER
+from ..artifact.schema import PORTABLE_PROGRAM, REPORT, TOKENIZER_FOLDER
 from ..codegen.base import backend_for
 from ..ir.document import decode_program
 from ..ir.program import Program
@@ -25,6 +26,7 @@ from ..passes.pipeline import canonicalise
 from ..passes.quantize.walk import packed_inputs, raised, run_nodes
 from ..runtime.tokenizer import Tokenizer
 from ..spec.errors import UsageError
+from ..spec.history import LayerError
 from .bind import bind_checkpoint
 from .calibration import read_documents
 from .checkpoint import open_checkpoint
@@ -33,6 +35,7 @@ from .source import find_model
 from .trace import trace_config
 
 _KEPT_BYTES = 2 << 30
+_NUM_WORST = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +51,15 @@ class EvalRequest:
 
 
 class Evaluated(NamedTuple):
-    """The judgement, and how the text was cut."""
+    """The judgement, how the text was cut, and what the artifact's report says: bits of a weight as stored,
+    and the layers that lost most, worst first."""
 
     judgement: Judgement
     window: int
     stride: int
     documents: int
+    bits_per_weight: float
+    worst_layers: tuple[LayerError, ...]
 
 
 class _Window(NamedTuple):
@@ -97,8 +103,28 @@ def evaluate(request: EvalRequest, watch: Callable[[int, int, str], None]) -> Ev
         facts=graph.facts,
     )
     reference = None if request.reference is None else reference_program(request.reference)
+    if reference is not None and reference.spec.vocab_size != spec.vocab_size:
+        raise UsageError(
+            "eval.vocabulary",
+            f"{request.reference} is not what {request.artifact.name} was compiled from.",
+            f"It knows {reference.spec.vocab_size} tokens, and the artifact {spec.vocab_size}.",
+            "Name the model that was compiled with --reference.",
+        )
     values = compare_programs(compiled, reference, windows, watch)
-    return Evaluated(judge_tokens(values), window, stride, len(documents))
+    report = msgspec.json.decode(artifact.read_bytes(REPORT))
+    return Evaluated(
+        judge_tokens(values),
+        window,
+        stride,
+        len(documents),
+        report["size"]["bits_per_weight"],
+        _worst_layers(report),
+    )
+
+
+def _worst_layers(report: Mapping[str, Any]) -> tuple[LayerError, ...]:
+    found = [LayerError(**error) for entry in report["passes"] for error in entry["errors"]]
+    return tuple(sorted(found, key=lambda error: -error.error)[:_NUM_WORST])
 
 
 def reference_program(model: str) -> Program:

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+# Of a stream's activations; what goes beyond is spilled.
+MEMORY_BYTES = 512 << 20
+
 
 def _unwatched(done: int, total: int, what: str) -> None:
     pass
@@ -27,7 +30,7 @@ class Calibration:
     sequences: tuple[tuple[int, ...], ...]
     source: str
     folder: Path
-    memory_bytes: int = 512 << 20
+    memory_bytes: int = MEMORY_BYTES
     watch: Callable[[int, int, str], None] = _unwatched
 
     @property

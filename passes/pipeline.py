@@ -46,13 +46,9 @@ def keep() -> tuple[Pass, ...]:
     return (KeepCodes(),)
 
 
-def round_nearest(bits: int, group_size: int) -> tuple[Pass, ...]:
-    """Weights to codes; head and embedding stay at 8 bits, which costs little and keeps the ranking."""
-    return (Rtn(bits=bits, group_size=group_size, head_bits=8, embedding_bits=8, expect=1),)
-
-
 def round_searched(bits: int, group_size: int) -> tuple[Pass, ...]:
-    """The same on scales that are searched for by the weights alone."""
+    """Weights to codes on scales that are searched for by the weights alone; head and embedding stay at 8
+    bits, which costs little and keeps the ranking."""
     return (ScaleSearch(bits=bits, group_size=group_size, data=False, expect=1),)
 
 
@@ -86,6 +82,23 @@ def round_within(budget: float) -> tuple[Pass, ...]:
     return (MixedPrecision(budget=budget, expect=1),)
 
 
+def round_sensitive(enough: float) -> tuple[Pass, ...]:
+    """The same with 4 bits or 8 for each weight, so that all change the output by about `enough` nats, and
+    longest learning."""
+    return (
+        Awq(bits=4, group_size=32, symmetric=False),
+        MixedPrecision(
+            budget=0.0,
+            enough=enough,
+            schemes="int4_g32_asym, int8_g128, int8_g32",
+            rounds=6,
+            epochs=4,
+            work=200.0,
+            expect=1,
+        ),
+    )
+
+
 def round_to_fp8() -> tuple[Pass, ...]:
     """Weights and the inputs of their products to 8-bit floats."""
     return (Fp8(expect=1),)
@@ -116,7 +129,7 @@ def plan() -> tuple[Pass, ...]:
 
 
 def _quantisers() -> tuple[Pass, ...]:
-    integers = (Awq(), *round_nearest(4, 32), *round_searched(4, 32), Gptq())
+    integers = (Awq(), Rtn(), *round_searched(4, 32), Gptq())
     return (Rotate(), Smooth(), *integers, *round_within(4.5), *round_to_fp8(), RoundInputs())
 
 

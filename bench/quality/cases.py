@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from llmc.passes.base import Pass
-from llmc.passes.pipeline import round_both_to_int8, round_calibrated
+from llmc.passes.base import Pass, Stage
+from llmc.passes.presets import preset_named
 from llmc.passes.quantize.awq import Awq
 from llmc.passes.quantize.fp8 import Fp8
 from llmc.passes.quantize.gptq import Gptq
@@ -55,46 +55,51 @@ def _baselines() -> list[Case]:
     ]
 
 
-def _calibrated(bits: int, group_size: int, rounds: int = 2) -> tuple[Pass, ...]:
-    """As the presets, but tables and heads stay as they are, as judges leave them."""
-    scaling, rounding = round_calibrated(bits, group_size, rounds=rounds)
-    assert isinstance(rounding, Gptq)
-    return scaling, replace(rounding, **_KEEP_TABLES)
+def _of(preset: str) -> tuple[Pass, ...]:
+    """The passes by which a preset rounds."""
+    return tuple(pass_ for pass_ in preset_named(preset).build() if pass_.stage is Stage.quantise)
+
+
+def without_tables(preset: str) -> tuple[Pass, ...]:
+    """As the preset, but tables and heads stay as they are, as judges leave them."""
+    return tuple(
+        replace(pass_, **_KEEP_TABLES) if isinstance(pass_, Gptq) else pass_ for pass_ in _of(preset)
+    )
 
 
 def _presets() -> list[Case]:
     return [
         Case(
             name="int4-small",
-            passes=_calibrated(4, 128),
+            passes=without_tables("int4-small"),
             baseline="rtn int4 g128",
             min_recovered=0.6,
             scheme="int4 g128",
         ),
         Case(
             name="int4",
-            passes=round_calibrated(4, 32),
+            passes=_of("int4"),
             baseline="rtn int4 g32",
             max_ratio=1.006,
             planted=0.8,
         ),
         Case(
             name="int4-max",
-            passes=round_calibrated(4, 32, symmetric=False, rounds=6, epochs=4, work=200.0),
+            passes=_of("int4-max"),
             baseline="rtn int4 g32",
             max_ratio=1.003,
         ),
         Case(
             name="int3",
-            passes=_calibrated(3, 128, rounds=6),
+            passes=without_tables("int3"),
             baseline="rtn int3 g128",
             min_recovered=0.65,
             scheme="int3 g128",
         ),
-        Case(name="int8", passes=(Rtn(bits=8, group_size=32, **_WHOLE),), max_ratio=1.002, min_same_top=0.99),
+        Case(name="int8", passes=_of("int8"), max_ratio=1.002, min_same_top=0.99),
         Case(name="fp8 weights", passes=(Fp8(inputs=""),), max_ratio=1.010),
-        Case(name="fp8", passes=(Fp8(),), max_ratio=1.02),
-        Case(name="w8a8", passes=round_both_to_int8(), baseline="rtn w8a8", max_ratio=1.02, planted=0.8),
+        Case(name="fp8", passes=_of("fp8"), max_ratio=1.02),
+        Case(name="w8a8", passes=_of("w8a8"), baseline="rtn w8a8", max_ratio=1.02, planted=0.8),
         Case(name="kv int8", passes=(), kv_dtype="int8", max_ratio=1.002),
         Case(name="kv fp8", passes=(), kv_dtype="fp8", max_ratio=1.005),
     ]

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _DRIVERS = Path(__file__).parent / "judges"
 # What each toolkit can round with, and to how many bits.
@@ -62,8 +63,15 @@ def judge_cases(pythons: Sequence[str], group_size: int) -> list[JudgeCase]:
     return found
 
 
-def run_judge(case: JudgeCase, model: Path, tokens: Path, output: Path) -> float:
-    """Write the judge's weights to `output`, a model folder; return the seconds that it took to find them.
+class Took(NamedTuple):
+    """Seconds that it took to find codes: by the clock, and of all threads on a core."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def run_judge(case: JudgeCase, model: Path, tokens: Path, output: Path) -> Took:
+    """Write the judge's weights to `output`, a model folder; return what it took to find them.
 
     Raises RuntimeError with the end of what the judge printed when it fails.
     """
@@ -80,4 +88,5 @@ def run_judge(case: JudgeCase, model: Path, tokens: Path, output: Path) -> float
     )
     if done.returncode:
         raise RuntimeError(f"{case.name} failed:\n{(done.stdout + done.stderr)[-2000:]}")
-    return float(json.loads((output / "judge.json").read_text(encoding="utf-8"))["quantise_s"])
+    told = json.loads((output / "judge.json").read_text(encoding="utf-8"))
+    return Took(told["quantise_s"], told["cpu_s"])

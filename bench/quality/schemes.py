@@ -156,10 +156,10 @@ class Bench:
         tokens = self.scratch / "tokens.json"
         tokens.write_text(json.dumps([list(ids) for ids in self.calibration.sequences]), encoding="utf-8")
         output = self.scratch / case.name.replace(" ", "-")
-        seconds = run_judge(case, self.folder, tokens, output)
+        took = run_judge(case, self.folder, tokens, output)
         judged = self._judge(case.name, fused_program(output))
         self.judges[case.name] = numbers(judged)[1]
-        self._add(case.name, dict(judged.as_dict()) | {"bars": {}}, seconds)
+        self._add(case.name, dict(judged.as_dict()) | {"bars": {}}, took.wall_s)
 
     def measure(self, case: Case) -> None:
         """Quantise by the passes of the case and add its row; baselines and judges come before."""
@@ -211,7 +211,8 @@ def main() -> None:
         asked = not wanted or name in wanted or name.startswith("rtn")
         return asked and name not in skipped
 
-    record = Record(f"quality_{arguments.model.name}{'_planted' if arguments.planted else ''}")
+    kinds = ("_planted" if arguments.planted else "") + ("_judges" if rivals else "")
+    record = Record(f"quality_{arguments.model.name}{kinds}")
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(arguments, Path(scratch))
         works = [partial(bench.measure_judge, rival) for rival in rivals if chosen(rival.name)]

@@ -72,4 +72,7 @@ def _decisions(records: list[dict[str, Any]]) -> str:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        low, high = value
+        return f"{_text(low)} to {_text(high)}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

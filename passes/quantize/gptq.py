@@ -51,10 +51,18 @@ class Gptq(WeightOptions):
         high=1e6,
     )
 
+    @property
+    def tuning(self) -> Tuning | None:
+        """What follows once all weights have codes."""
+        return Tuning(epochs=self.epochs, work=self.work) if self.epochs else None
+
     def run(self, program: Program, context: PassContext) -> PassResult:
         """One match per weight; a decision for each says its scheme, or why it is kept."""
-        tuning = Tuning(epochs=self.epochs, work=self.work) if self.epochs else None
         method = Method(
-            search=self.search, propagate=True, rounds=self.rounds, catch_up=self.catch_up, tuning=tuning
+            search=self.search,
+            propagate=True,
+            rounds=self.rounds,
+            catch_up=self.catch_up,
+            tuning=self.tuning,
         )
         return run_solver(self, program, context, method, data=True)

@@ -31,9 +31,12 @@ def assign(
     losses: Sequence[Sequence[float]],
     capacity: int,
     most_sums: int = MOST_SUMS,
+    *,
+    enough: float = 0.0,
 ) -> Assignment:
     """The options of least total loss whose sizes add up to at most `capacity` bytes; of equal ones the
-    smallest. `sizes` and `losses` are by unit and option.
+    smallest. `sizes` and `losses` are by unit and option; where a total loss of `enough` can be kept to, the
+    smallest sizes that do are taken.
 
     Up to `most_sums` sums of bytes are told apart. Where there are more, sizes are rounded up to whole
     steps: the result still fits, and loses no more than the best for a capacity that is smaller by a step for
@@ -49,10 +52,12 @@ def assign(
     step = max(divisor, -(-useful // (most_sums - 1)))
     counts = [[-(-size // step) for size in own] for own in above]
     room = min(spare // step, sum(max(own) for own in counts))
-    return Assignment(_solve(counts, losses, room), step, step == divisor)
+    return Assignment(_solve(counts, losses, room, enough), step, step == divisor)
 
 
-def _solve(counts: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], room: int) -> tuple[int, ...]:
+def _solve(
+    counts: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], room: int, enough: float
+) -> tuple[int, ...]:
     """`best[r]` is the least loss of the units so far that take exactly `r` steps."""
     best = torch.full((room + 1,), math.inf, dtype=torch.float64)
     best[0] = 0.0
@@ -64,7 +69,7 @@ def _solve(counts: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], r
                 tried[option, count:] = best[: room + 1 - count] + loss
         best, pick = tried.min(0)
         picks.append(pick.to(torch.int16))
-    place = int(best.argmin())
+    place = int(best.clamp_min(enough).argmin())
     chosen: list[int] = []
     for own, pick in zip(reversed(counts), reversed(picks), strict=True):
         chosen.append(int(pick[place]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,10 @@ from .rounding import Method, Rounded, round_matrix
 from .selection import Choice, scheme_of
 from .solved import Result
 from .walk import Walk
+
+# Some rows of the drift of a layer's inputs, as `weight @ d.T @ x` (see `Drift`): all at once would be as
+# large as the weight in float32.
+Pull = Callable[[slice], Tensor]
 
 
 class Streams(NamedTuple):
@@ -53,8 +58,8 @@ def solve_linears(
     }
 
 
-def _pulls(streams: Streams, x: fx.Node, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For each weight the drift of its inputs as `weight @ d.T @ x` (see `Drift`)."""
+def _pulls(streams: Streams, x: fx.Node, weights: Mapping[str, Tensor]) -> dict[str, Pull]:
+    """The drift of the inputs of each weight."""
     assert streams.before is not None
     counts = [weight.shape[0] for weight in weights.values()]
     width = next(iter(weights.values())).shape[1]
@@ -63,9 +68,13 @@ def _pulls(streams: Streams, x: fx.Node, weights: Mapping[str, Tensor]) -> dict[
     for now, before in zip(streams.now.values(x), streams.before.values(x), strict=True):
         drift.observe(now.reshape(-1, width), before.reshape(-1, width))
     if not small:
-        return {name: drift.pull(weight) for name, weight in weights.items()}
-    whole = drift.pull(torch.empty(0, width))
-    return dict(zip(weights, whole.split(counts), strict=True))
+        return {name: partial(_pulled, drift, weight) for name, weight in weights.items()}
+    parts = drift.pull(torch.empty(0, width)).split(counts)
+    return {name: part.__getitem__ for name, part in zip(weights, parts, strict=True)}
+
+
+def _pulled(drift: Drift, weight_NK: Tensor, rows: slice) -> Tensor:
+    return drift.pull(weight_NK[rows])
 
 
 class Inputs:
@@ -77,22 +86,21 @@ class Inputs:
         self._gram = gram_KK if self._active else None
         self._propagation = Propagation(gram_KK) if self._active and method.propagate else None
 
-    def solve(
-        self, name: str, weight_NK: Tensor, scheme: QuantScheme, pull_NK: Tensor | None = None
-    ) -> Result:
+    def solve(self, name: str, weight_NK: Tensor, scheme: QuantScheme, pull: Pull | None = None) -> Result:
         """The codes of one matrix, and what there is to say; `pull` is the drift of its inputs."""
-        target = self._target(weight_NK, pull_NK)
+        target = self._target(weight_NK, pull)
         rounded = round_matrix(weight_NK, scheme, self._method, self._gram, self._propagation, target)
         error = LayerError(subject=name, error=rounded.error, nearest_error=rounded.nearest_error)
         return Result(rounded.tensor, error, self._note(rounded))
 
-    def _target(self, weight_NK: Tensor, pull_NK: Tensor | None) -> Tensor | None:
-        """The weights that would give on inputs as they are what these gave on inputs as they were, or the
-        part of the way there that the method goes (GPTAQ, Li et al. 2025; QEP, Arai & Ichikawa 2025)."""
+    def _target(self, weight_NK: Tensor, pull: Pull | None) -> Callable[[slice], Tensor] | None:
+        """Rows of weights that would give on inputs as they are what these gave on inputs as they were, or of
+        the part of the way there that the method goes (GPTAQ, Li et al. 2025; QEP, Arai & Ichikawa 2025)."""
         propagation = self._propagation
-        if pull_NK is None or propagation is None or propagation.damping is None:
+        if pull is None or propagation is None or propagation.damping is None:
             return None
-        return weight_NK.float() + self._method.catch_up * propagation.solve(pull_NK)
+        part = self._method.catch_up
+        return lambda rows: weight_NK[rows].float() + part * propagation.solve(pull(rows))
 
     def _note(self, rounded: Rounded) -> str:
         notes: list[str] = []

@@ -29,17 +29,12 @@ from ..bits import num_parameters
 from .influence import measure_influence
 from .knapsack import Assignment, assign
 from .needs import SEARCH_NEEDS, require_calibration
-from .rounding import Method
+from .rounding import Method, Tuning
 from .selection import Choice, WeightOptions
 from .sensitivity import Sensitivity, judged_pieces
 from .solving import run_choices
 from .units import Unit, parse_forms, units_of
 
-_METHODS = {
-    "gptq": Method(propagate=True, rounds=2, catch_up=1.0),
-    "scale_search": Method(),
-    "rtn": Method(search=False),
-}
 # How codes are found when influence is measured: what makes up for drift or polishes is left out.
 _TRIALS = {
     "gptq": Method(propagate=True),
@@ -64,9 +59,9 @@ class _Room(NamedTuple):
         """Bits of a weight when units take so many bytes."""
         return 8 * (self.fixed_bytes + chosen_bytes) / self.num_parameters
 
-    def capacity(self, budget: float) -> int:
-        """Bytes that units may take; a budget that was computed from bytes stands for these bytes."""
-        return int(budget * self.num_parameters / 8 * (1 + 1e-12)) - self.fixed_bytes
+    def capacity(self, bits: float) -> int:
+        """Bytes that units may take; a number of bits that was computed from bytes stands for these bytes."""
+        return int(bits * self.num_parameters / 8 * (1 + 1e-12)) - self.fixed_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +77,16 @@ class MixedPrecision:
 
     budget: float = option(
         4.5,
-        "Most bits of a weight, on average over all: scales, zero points and kept weights count.",
-        low=1,
+        "Most bits of a weight, on average: scales, zero points and kept weights count; 0 sets no limit.",
+        low=0,
         high=32,
         search=(4.25, 4.5, 5.0, 6.0),
+    )
+    enough: float = option(
+        0.0,
+        "Sum of the divergences of all weights, in nats, that more bits are not spent to get below.",
+        low=0,
+        high=10,
     )
     schemes: str = option(
         "int4_g128, int4_g64, int4_g32, int8_g32",
@@ -94,28 +95,45 @@ class MixedPrecision:
     method: str = option(
         "gptq", "How codes are found once schemes are chosen.", choices=("gptq", "scale_search", "rtn")
     )
+    rounds: int = option(2, "Rounds of descent after gptq.", low=0, high=50)
+    epochs: int = option(
+        0, "Times that tokens are gone through to learn from the logits after gptq.", high=50
+    )
+    work: float = option(20.0, "Most multiply-adds of that, in million millions.", low=0, high=1e6)
     tokens: int = option(512, "Calibration tokens on which influence is measured.", low=32, high=4096)
     min_rows: int = option(8, "Matrices with fewer rows than this are kept.", low=1)
     skip: str = option("", "Weights to keep: name patterns such as *.down_proj.weight, separated by commas.")
     expect: int = expect_option()
 
     def __post_init__(self) -> None:
-        """Raises RecipeError for schemes that are none."""
+        """Raises RecipeError for schemes that are none, and for learning that no method comes before."""
         parse_forms(self.schemes, "mixed_precision.schemes")
+        if self.epochs and self.method != "gptq":
+            raise RecipeError(
+                "mixed_precision.epochs",
+                f"Learning from the logits does not follow the method {self.method!r}.",
+                "It starts from codes that gptq found.",
+                "Set mixed_precision.method=gptq, or mixed_precision.epochs=0.",
+            )
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What follows once all weights have codes."""
+        return Tuning(epochs=self.epochs, work=self.work) if self.epochs else None
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """One match per weight that is rounded; decisions say what each scheme would have changed.
 
         Each scheme of each weight takes its codes by the method, and one run over `tokens` tokens, from that
-        weight on. When only
-        planning, larger codes are taken to be better everywhere alike. Raises RecipeError for a budget
-        below what the smallest schemes take.
+        weight on. When only planning, larger codes are taken to be better everywhere alike, and
+        the whole budget is spent. Raises
+        RecipeError for a budget below what the smallest schemes take.
         """
         graph = program.copy_graph()
         eligible = _Eligible(min_rows=self.min_rows, skip=self.skip).choices(graph, program)
         units = units_of(graph, program, eligible, parse_forms(self.schemes, "mixed_precision.schemes"))
         room = _room(program, units)
-        self._check_budget(room, units)
+        budget = self._bits(room, units)
         if context.planning:
             losses, cost = _planned(units), "planned by size alone"
         else:
@@ -125,18 +143,26 @@ class MixedPrecision:
             losses = measure_influence(program, units, sensitivity, _TRIALS[self.method], data)
             cost = f"measured by {sum(map(len, losses))} runs over {sensitivity.num_tokens} tokens"
         sizes = [[form.num_bytes for form in unit.forms] for unit in units]
-        chosen = assign(sizes, losses, room.capacity(self.budget))
+        enough = 0.0 if context.planning else self.enough
+        chosen = assign(sizes, losses, room.capacity(budget), enough=enough)
         choices = dict(eligible)
         for unit, index, lost in zip(units, chosen.options, losses, strict=True):
             choices |= _chosen(unit, index, lost, eligible, context.planning)
-        method = _METHODS[self.method]
-        done = run_choices(self.name, choices, program, context, method, data=self.method != "rtn")
-        whole = self._decision(room, units, chosen, cost)
+        done = run_choices(self.name, choices, program, context, self._method(), data=self.method != "rtn")
+        whole = _decision(room, units, chosen, budget, cost)
         report = replace(done.report, decisions=(whole, *done.report.decisions))
         return PassResult(program=done.program, report=report)
 
-    def _check_budget(self, room: _Room, units: Sequence[Unit]) -> None:
+    def _method(self) -> Method:
+        if self.method != "gptq":
+            return _TRIALS[self.method]
+        return Method(propagate=True, rounds=self.rounds, catch_up=1.0, tuning=self.tuning)
+
+    def _bits(self, room: _Room, units: Sequence[Unit]) -> float:
+        """The bits of a weight to keep to."""
         low, high = _reach(room, units)
+        if not self.budget:
+            return high
         if room.capacity(self.budget) < sum(min(form.num_bytes for form in unit.forms) for unit in units):
             raise RecipeError(
                 "mixed_precision.budget",
@@ -146,16 +172,18 @@ class MixedPrecision:
                 f"Set mixed_precision.budget to at least {low + 0.0005:.3f}, or list smaller schemes in "
                 "mixed_precision.schemes.",
             )
+        return self.budget
 
-    def _decision(self, room: _Room, units: Sequence[Unit], chosen: Assignment, cost: str) -> Decision:
-        used = sum(unit.forms[index].num_bytes for unit, index in zip(units, chosen.options, strict=True))
-        low, high = _reach(room, units)
-        kind = "the least sum of divergences" if chosen.exact else f"sizes rounded up to {chosen.step} bytes"
-        return Decision(
-            subject="budget",
-            choice=f"{room.bits(used):.3f} bits per weight",
-            reason=f"within {self.budget:g}; reachable {low:.3f} to {high:.3f}; {kind}; {cost}",
-        )
+
+def _decision(room: _Room, units: Sequence[Unit], chosen: Assignment, limit: float, cost: str) -> Decision:
+    used = sum(unit.forms[index].num_bytes for unit, index in zip(units, chosen.options, strict=True))
+    low, high = _reach(room, units)
+    kind = "the least sum of divergences" if chosen.exact else f"sizes rounded up to {chosen.step} bytes"
+    return Decision(
+        subject="budget",
+        choice=f"{room.bits(used):.3f} bits per weight",
+        reason=f"within {limit:.4g}; reachable {low:.3f} to {high:.3f}; {kind}; {cost}",
+    )
 
 
 def _room(program: Program, units: Sequence[Unit]) -> _Room:

@@ -5,7 +5,7 @@ Rows are independent of each other, so each takes the best of what was tried. Sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from .propagation import Propagation
 from .searched_grid import search_grid
 
 # Weights worked on at a time: beside the matrix itself some ten float32 copies of so many are alive.
-_BAND_WEIGHTS = 16 << 20
+BAND_WEIGHTS = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,20 +67,21 @@ def round_matrix(
     method: Method,
     gram_KK: Tensor | None = None,
     propagation: Propagation | None = None,
-    target_NK: Tensor | None = None,
+    target: Callable[[slice], Tensor] | None = None,
 ) -> Rounded:
     """`weight` in codes of `scheme`; `gram` are the second moments of its inputs, None when nothing is
-    known of them. `propagation` is that of `gram`, needed where `method` asks for it. `target` is what the
-    codes should come close to in place of `weight`, which is then what is plainly rounded to compare with.
+    known of them. `propagation` is that of `gram`, needed where `method` asks for it. `target` gives rows of
+    what the codes should come close to in place of `weight`, which is then what is plainly rounded to compare
+    with.
 
     Errors are judged by `gram`; without it by the weights alone.
     """
     inputs = _Inputs(gram_KK, propagation)
-    target = weight_NK if target_NK is None else target_NK
-    parts = [
-        _round_rows(weight_NK[rows].float(), target[rows].float(), scheme, method, inputs)
-        for rows in _bands(weight_NK)
-    ]
+    parts: list[_Part] = []
+    for rows in _bands(weight_NK):
+        weight = weight_NK[rows].float()
+        wanted = weight if target is None else target(rows)
+        parts.append(_round_rows(weight, wanted, scheme, method, inputs))
     zeros = [part.tensor.zeros for part in parts if part.tensor.zeros is not None]
     tensor = QTensor(
         torch.cat([part.tensor.codes for part in parts]),
@@ -114,7 +115,7 @@ class _Part(NamedTuple):
 
 
 def _bands(weight_NK: Tensor) -> Iterator[slice]:
-    size = max(1, _BAND_WEIGHTS // weight_NK.shape[1])
+    size = max(1, BAND_WEIGHTS // weight_NK.shape[1])
     return (slice(start, start + size) for start in range(0, weight_NK.shape[0], size))
 
 

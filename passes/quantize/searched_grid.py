@@ -20,7 +20,7 @@ from .grid import Grid, code_range, rtn_grid, split_groups, storable
 
 # Groups up to this long are judged by all their second moments, longer ones by the diagonal.
 _FULL_GROUP = 128
-_SHRINK = tuple(0.60 + 0.05 * step for step in range(12))
+_NUM_SIZES = 12
 _REFITS = 3
 
 
@@ -34,6 +34,13 @@ def search_grid(weight_NK: Tensor, scheme: QuantScheme, gram_KK: Tensor | None) 
     bands = map_bands(lambda rows: _search(weight_NK[rows], scheme, moments), *weight_NK.shape)
     zeros = [band.zeros for band in bands if band.zeros is not None]
     return Grid(torch.cat([band.scales for band in bands]), torch.cat(zeros) if zeros else None)
+
+
+def _sizes(bits: int) -> list[float]:
+    """Sizes to try, as parts of the range of the weights. With few codes what is cut off pays for the rest;
+    with many only where the grid happens to lie can be chosen."""
+    first, step = (0.60, 0.05) if bits < 8 else (0.997, 0.003)
+    return [first + step * index for index in range(_NUM_SIZES)]
 
 
 class _Moments(NamedTuple):
@@ -124,7 +131,7 @@ def _symmetric(weight_GNS: Tensor, scheme: QuantScheme) -> Iterator[tuple[Tensor
     low, high = code_range(scheme)
     extreme = weight_GNS.gather(2, weight_GNS.abs().argmax(2, keepdim=True))
     for end in (low, high):
-        for factor in _SHRINK:
+        for factor in _sizes(scheme.bits):
             yield extreme * (factor / end), None
 
 
@@ -132,7 +139,7 @@ def _asymmetric(weight_GNS: Tensor, scheme: QuantScheme) -> Iterator[tuple[Tenso
     _, high = code_range(scheme)
     smallest = weight_GNS.amin(2, keepdim=True).clamp(max=0)
     span = weight_GNS.amax(2, keepdim=True).clamp(min=0) - smallest
-    for factor in _SHRINK:
+    for factor in _sizes(scheme.bits):
         scales = storable(span * (factor / high), scheme, torch.ones_like(span))
         exact = -smallest * factor / scales
         for zeros in (exact.floor(), exact.ceil()):

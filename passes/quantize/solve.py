@@ -67,6 +67,8 @@ def solve_with_data(
             results = solver.finish(
                 segment.index, lambda segment=segment: solver.by_data(Streams(now, before), segment)
             )
+            if segment is now.segments[-1]:
+                break
             now.advance(segment, solver.values(results))
             if before is not None:
                 before.advance(segment, {})
@@ -91,7 +93,8 @@ class _Solver:
         key = fingerprint(program, replace(method, tuning=None), dict(choices), calibration.cache_key())
         self._folder = SolvedFolder(calibration.folder / key)
         self._parts: dict[str, dict[str, Expr]] = {}
-        self._results: dict[str, Result] = {}
+        self._errors: dict[str, LayerError] = {}
+        self._notes: dict[str, str] = {}
         self._done = 0
 
     def is_site(self, node: fx.Node) -> bool:
@@ -113,7 +116,9 @@ class _Solver:
             expr = self._program.weights[name]
             self._parts[name] = self._folder.parts(index, name, expr, results)
             self._done += math.prod(expr.shape)
-        self._results |= results
+            self._errors[name] = results[name].error
+            if results[name].note:
+                self._notes[name] = results[name].note
         total = sum(math.prod(self._program.weights[name].shape) for name in self.chosen)
         self._calibration.watch(self._done, total, next(iter(results), ""))
         return results
@@ -152,9 +157,7 @@ class _Solver:
 
     def solutions(self) -> Solutions:
         """Everything found."""
-        results = self._results.items()
-        notes = {name: result.note for name, result in results if result.note}
-        return Solutions(self._parts, tuple(result.error for _, result in results), notes)
+        return Solutions(self._parts, tuple(self._errors.values()), self._notes)
 
 
 def coded_values(expr: Expr, choice: Choice, tensor: QTensor) -> Tensor:

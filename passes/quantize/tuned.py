@@ -13,11 +13,11 @@ from ...spec.history import Decision
 from ..bits import num_parameters
 from ..calibration import Calibration
 from .replace import Role
-from .rounding import Method
+from .rounding import Method, Tuning
 from .selection import Choice, scheme_of
 from .solve import Solutions, coded_values
 from .solved import Result, SolvedFolder, fingerprint
-from .tuning import split_sequences, tune
+from .tuning import STEP_TOKENS, split_sequences, tune
 from .walk import raised
 
 # Of fewer, codes learn the text rather than the model.
@@ -25,11 +25,25 @@ _FEWEST_TOKENS = 16384
 _LEARNT = (Role.linear, Role.head)
 
 
+# Float32 values by weight: exact, codes and scales as they are learnt, gradients, two moments of Adam.
+_COPIES = 6
+# Float32 values by logit of a step: both models' logits, their logarithms, and gradients.
+_LOGITS = 6
+
+
 class TunedParts(NamedTuple):
     """Stored parts by name that take the place of others, and what is to be said."""
 
     parts: dict[str, Expr]
     decision: Decision
+
+
+def learning_bytes(program: Program, tuning: Tuning, num_tokens: int) -> int:
+    """Bytes of memory that learning from so many tokens takes at most; 0 where it will not be done."""
+    size = _size(program)
+    if num_tokens < _FEWEST_TOKENS or not tuning.affordable(size, num_tokens):
+        return 0
+    return 4 * (_COPIES * size + _LOGITS * STEP_TOKENS * program.spec.vocab_size)
 
 
 def tuned_parts(
@@ -46,8 +60,7 @@ def tuned_parts(
     chosen = {name: choice for name, choice in choices.items() if choice.scheme is not None}
     names = [name for name, choice in chosen.items() if choice.role in _LEARNT]
     num_tokens = calibration.num_tokens
-    size = sum(num_parameters(program.weights[name]) for name in program.used_weights())
-    epochs = tuning.affordable(size, num_tokens)
+    epochs = tuning.affordable(_size(program), num_tokens)
     if not epochs:
         return _untouched(f"{num_tokens} tokens take more than {tuning.work:g} million million products")
     if num_tokens < _FEWEST_TOKENS:
@@ -80,6 +93,10 @@ def tuned_parts(
         parts |= folder.parts(0, name, program.weights[name], results)
     reason = f"{said}; errors of layers are those before"
     return TunedParts(parts, Decision(subject="tuning", choice=f"{epochs} epochs", reason=reason))
+
+
+def _size(program: Program) -> int:
+    return sum(num_parameters(program.weights[name]) for name in program.used_weights())
 
 
 def _untouched(why: str) -> TunedParts:

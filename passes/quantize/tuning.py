@@ -23,7 +23,7 @@ from .gradients import LogitsRun
 from .grid import Grid, by_column, code_range, pack_grid, storable
 from .walk import packed_inputs, raised
 
-_STEP_TOKENS = 1024
+STEP_TOKENS = 1024
 # How far a code and a scale can get in all steps together: in codes, and as a part of the scale.
 _CODE_TRAVEL, _SCALE_TRAVEL = 2.0, 0.2
 _LARGEST_CODE_STEP, _LARGEST_SCALE_STEP = 0.05, 0.005
@@ -166,9 +166,9 @@ class _Trainer:
 def _batches(sequences: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
     """Sequences together while they fit in a step's tokens."""
     groups: list[list[Sequence[int]]] = []
-    used = _STEP_TOKENS
+    used = STEP_TOKENS
     for sequence in sequences:
-        if used + len(sequence) > _STEP_TOKENS:
+        if used + len(sequence) > STEP_TOKENS:
             groups.append([])
             used = 0
         groups[-1].append(sequence)

@@ -22,7 +22,7 @@ from ..fuse_linears import ATTENTION, LINEAR
 from .activations import ActivationStore
 from .segments import Segment, cut_segments
 
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
 _LOW = frozenset({torch.bfloat16, torch.float16})
 
 
@@ -81,9 +81,9 @@ class Walk:
 def make_batches(sequences: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:
     """Graph inputs of steps that hold as many whole sequences as fit in a bounded number of tokens."""
     groups: list[list[Sequence[int]]] = []
-    used = _BATCH_TOKENS
+    used = BATCH_TOKENS
     for sequence in sequences:
-        if used + len(sequence) > _BATCH_TOKENS:
+        if used + len(sequence) > BATCH_TOKENS:
             groups.append([])
             used = 0
         groups[-1].append(sequence)

@@ -42,7 +42,12 @@ def artifact(stories_1m, tmp_path_factory):
     )
     keys = {"artifact", "target", "recipe", "seconds", "size_bytes", "bits_per_weight", "quality", "passes"}
     assert keys <= set(report)
-    assert {"perplexity", "reference_perplexity", "kl_mean", "kl_p99", "same_top"} <= set(report["quality"])
+    quality = report["quality"]
+    assert {"perplexity", "reference_perplexity", "kl_mean", "kl_p99", "same_top"} <= set(quality)
+    for name in ("perplexity", "kl_mean", "same_top"):
+        low, high = quality[f"{name}_interval"]
+        assert low <= quality[name] <= high
+    assert 0 <= quality["greedy_match"] <= quality["tokens"] / quality["prompts"]
     assert {"name", "seconds", "matches", "cached"} == set(report["passes"][0])
     assert report["artifact"] == str(path)
     return path
@@ -183,6 +188,7 @@ def test_passes_and_recipes_are_shown_and_checked(tmp_path, stories_1m):
     assert "kv_layout" in run("passes", "kv_layuot").stderr
     assert {entry["name"] for entry in answer("recipe", "list")["presets"]} >= {"int4", "int8"}
     text = run("recipe", "show", "int4").output
+    assert text.startswith("# the one to start with: 4-bit weights in groups of 32, calibrated\n")
     recipe = tmp_path / "my.yaml"
     recipe.write_text(text)
     assert run("recipe", "check", recipe).exit_code == 0
@@ -196,10 +202,25 @@ def test_passes_and_recipes_are_shown_and_checked(tmp_path, stories_1m):
 def test_an_edited_recipe_compiles(tmp_path, stories_1m):
     recipe = tmp_path / "my.yaml"
     recipe.write_text(run("recipe", "show", "int8").output.replace("name: int8", "name: mine"))
-    options = ("--recipe", recipe, "--set", "rtn.bits=4", "--verify", "off", "-o", tmp_path / "out.llmc")
-    found = answer("compile", stories_1m, "--target", "reference", *options)
+    options = ("--recipe", recipe, "--set", "scale_search.bits=4", "--verify", "off")
+    output = ("-o", tmp_path / "out.llmc")
+    found = answer("compile", stories_1m, "--target", "reference", *options, *output)
     assert found["recipe"] == "mine"
     assert found["bits_per_weight"] < 8
+
+
+def test_eval_says_how_far_it_is_and_where_it_was_lost(artifact, stories_1m, tmp_path, heldout_stories):
+    text = tmp_path / "stories.txt"
+    text.write_text("<|endoftext|>".join(heldout_stories[:6]))
+    found = answer("eval", artifact, "--data", text, "--reference", stories_1m)
+    assert found["documents"] == 6
+    assert 0 < found["kl_mean"] < 0.2
+    assert found["kl_mean_interval"][0] <= found["kl_mean"] <= found["kl_mean_interval"][1]
+    assert 4 < found["bits_per_weight"] < 9
+    errors = [layer["error"] for layer in found["worst_layers"]]
+    assert len(errors) == 5
+    assert errors == sorted(errors, reverse=True)
+    assert all(layer["error"] <= layer["nearest_error"] for layer in found["worst_layers"])
 
 
 def test_a_whole_artifact_verifies(artifact):

@@ -17,8 +17,10 @@ from llmc.compiler.trace import trace_config
 from llmc.ir.weights import Constant
 from llmc.passes.base import PassContext
 from llmc.passes.graph import argument, calls, set_argument
+from llmc.passes.pipeline import canonicalise, fuse, layout, plan
 from llmc.passes.quantize import solve
-from llmc.passes.recipes import override, preset_recipe
+from llmc.passes.quantize.rtn import Rtn
+from llmc.passes.recipes import preset_recipe
 from llmc.spec.errors import UsageError
 
 OPS = torch.ops.llmc
@@ -30,7 +32,7 @@ def traced(stories_1m):
     return bind_checkpoint(trace_config(checkpoint.config, dtype=torch.float32), checkpoint)
 
 
-INT4 = override(preset_recipe("int8"), ["rtn.bits=4"]).passes
+INT4 = (*canonicalise(), *fuse(), Rtn(bits=4, expect=1), *layout(), *plan())
 
 
 def plant(monkeypatch, name, spoil):

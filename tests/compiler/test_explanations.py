@@ -43,7 +43,9 @@ def test_changes_name_the_input_and_nothing_else(artifacts):
 def test_reasons_count_fusions_and_choices(artifacts):
     told = json.loads(inspect(artifacts["one"], "--why", "--json").output)
     assert {"name": "fuse_qkv", "matches": 2, "misses": []} in told["fusions"]
-    assert next(entry for entry in told["choices"] if entry["name"] == "rtn")["counts"] == {"int8_g32": 9}
+    assert next(entry for entry in told["choices"] if entry["name"] == "scale_search")["counts"] == {
+        "int8_g32": 9
+    }
 
 
 def test_artifacts_of_the_same_inputs_have_one_key(artifacts):

@@ -12,8 +12,8 @@ from llmc.compiler.cache.digest import Digester, Uncachable
 from llmc.compiler.cache.session import CompileCache
 from llmc.compiler.cache.sources import SourceDigests
 from llmc.compiler.driver import compile_model
-from llmc.ir import weights as weights_module
 from llmc.ir.weights import Constant, Slice
+from llmc.passes.quantize import solve
 
 
 @pytest.fixture
@@ -53,22 +53,24 @@ def test_another_page_size_quantises_nothing_again(stories_1m, tmp_path, cache_f
     def refuse(*arguments):
         raise AssertionError("a weight was quantised again")
 
-    monkeypatch.setattr(weights_module, "quantize_in_bands", refuse)
+    monkeypatch.setattr(solve, "round_matrix", refuse)
     second = compile_tiny(stories_1m, tmp_path / "two.llmc", overrides=["kv_layout.page_tokens=16"])
     cached = {entry.name: entry.cached for entry in second.passes}
-    assert cached["rtn"]
+    assert cached["scale_search"]
     assert not cached["kv_layout"]
     assert not cached["memory_plan"]
 
 
 def test_another_option_of_an_early_pass_runs_it_and_all_behind_it(stories_1m, tmp_path, cache_folder):
     compile_tiny(stories_1m, tmp_path / "one.llmc")
-    second = compile_tiny(stories_1m, tmp_path / "two.llmc", overrides=["rtn.group_size=64"])
+    second = compile_tiny(stories_1m, tmp_path / "two.llmc", overrides=["scale_search.group_size=64"])
     names = [entry.name for entry in second.passes]
-    border = names.index("rtn")
+    border = names.index("scale_search")
     assert all(entry.cached for entry in second.passes[:border])
     assert not any(entry.cached for entry in second.passes[border:])
-    off = compile_tiny(stories_1m, tmp_path / "three.llmc", overrides=["rtn.group_size=64"], cache=False)
+    off = compile_tiny(
+        stories_1m, tmp_path / "three.llmc", overrides=["scale_search.group_size=64"], cache=False
+    )
     assert contents(off.path) == contents(second.path)
 
 

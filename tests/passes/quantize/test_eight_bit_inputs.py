@@ -18,6 +18,7 @@ from llmc.passes.instruments import Verification
 from llmc.passes.manager import run_passes
 from llmc.passes.probe import logits_of, probe_sequences
 from llmc.passes.quantize.fp8 import Fp8
+from llmc.passes.quantize.ranges import channel_ranges
 from llmc.passes.quantize.round_inputs import RoundInputs
 from llmc.passes.quantize.rtn import Rtn
 from llmc.passes.quantize.smooth import Smooth
@@ -116,6 +117,36 @@ def test_8_bit_floats(toy):
     assert len(calls(done.graph, ops.linear.default)) == 1
     weights_alone = run(program, Fp8(weights="fp8_b128x128", inputs=""))
     assert 0 < error(program, weights_alone) < error(program, done) * 1.5 < 0.2
+
+
+@pytest.mark.parametrize("shape", [{}, {"experts": 4}], ids=["linears", "experts"])
+def test_static_scales_cover_what_calibration_saw(toy, shape):
+    """The largest input of each product takes the largest code, so none is cut off on the same tokens."""
+    program = run(toy(**shape), *FUSE)
+    done = run(program, Fp8(inputs="fp8_static", expect=1))
+    nodes = calls(done.graph, ops.quantized_linear.default)
+    assert {argument(node, "activation") for node in nodes} == {"fp8_static"}
+    mixtures = calls(done.graph, ops.quantized_moe.default)
+    assert {argument(node, "activation_scheme") for node in mixtures} <= {"fp8_token"}
+    graph = done.copy_graph()
+    nodes = calls(graph, ops.quantized_linear.default)
+    inputs = [argument(node, "x") for node in nodes]
+    ranges = channel_ranges(done.replace(graph=graph), inputs, calibrated(program).calibration)
+    scales = [float(done.weights.evaluate(str(argument(node, "activation_scale").target))) for node in nodes]
+    # what reaches later ones has been through rounding
+    assert scales[0] == pytest.approx(float(ranges[inputs[0]].max()) / 448, rel=1e-6)
+    assert all(
+        scale == pytest.approx(float(ranges[x].max()) / 448, rel=0.3)
+        for scale, x in zip(scales, inputs, strict=True)
+    )
+    assert 0 < error(program, done) < 0.2
+
+
+def test_static_scales_need_tokens_and_weights_by_row(toy):
+    with pytest.raises(RecipeError, match="no calibration data"):
+        run_passes(toy(), (Fp8(inputs="fp8_static"),), PassContext())
+    with pytest.raises(RecipeError, match="before weights in the scheme fp8_b128x128"):
+        Fp8(inputs="fp8_static", weights="fp8_b128x128")
 
 
 def test_experts_have_their_inputs_rounded(toy):

@@ -56,5 +56,19 @@ def test_coarse_steps_still_fit_and_lose_no_more_than_with_a_step_less_for_each_
         assert loss <= min(loss for _, loss in smaller) + 1e-9
 
 
+@given(st.lists(OPTIONS, min_size=1, max_size=5), st.integers(0, 300), st.floats(0, 20))
+def test_no_more_is_spent_than_is_enough(units, spare, enough):
+    capacity = sum(min(size for size, _ in unit) for unit in units) + spare
+    found = assign(*split(units), capacity, enough=enough)
+    size, loss = totals(units, found.options)
+    allowed = every_choice(units, capacity)
+    good = [other for other in allowed if other[1] <= enough - 1e-9]
+    if good:
+        assert loss <= enough + 1e-9
+        assert size <= min(size for size, _ in good)
+    elif min(loss for _, loss in allowed) > enough + 1e-9:
+        assert loss == pytest.approx(min(loss for _, loss in allowed), abs=1e-9)
+
+
 def test_of_equal_choices_the_smallest_is_taken():
     assert assign([[10, 4, 7]], [[1.0, 1.0, 1.0]], 100).options == (1,)

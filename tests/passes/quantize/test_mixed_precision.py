@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,28 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_what_can(toy, tmp_path):
     assert f"at least {least:.3f}" in caught.value.fix or f"at least {least + 0.001:.3f}" in caught.value.fix
     done = quantize(toy(), tmp_path, budget=least + 0.001, schemes="int4_channel, int8_channel")
     assert set(chosen_in_graph(done).values()) == {"int4_channel"}
+
+
+def test_bits_are_spent_until_the_divergence_is_small_enough(toy, tmp_path):
+    program = toy(hidden=64, ffn=96, vocab=200)
+    options = {"budget": 0, "schemes": "int4_g32, int8_g32", "method": "rtn"}
+    made = {limit: quantize(program, tmp_path, enough=limit, **options) for limit in (0.0, 0.01, 10.0)}
+    bits = [bits_per_weight(made[limit]) for limit in (10.0, 0.01, 0.0)]
+    assert {name.partition("_")[0] for name in chosen_in_graph(made[10.0]).values()} == {"int4"}
+    assert {name.partition("_")[0] for name in chosen_in_graph(made[0.0]).values()} == {"int8"}
+    assert bits == sorted(bits)
+    kept_to = smallest = 0.0
+    for decision in made[0.01].history[-1].decisions[1:]:
+        found = re.findall(r"(int\d)\S* \([\d.]+ bits\) ([\d.e+-]+)", decision.reason)
+        tried = {name: float(value) for name, value in found}
+        smallest += tried.get("int4", 0.0)
+        kept_to += tried.get(decision.choice.partition("_")[0], 0.0)
+    assert kept_to <= 0.01 * 1.01 < smallest  # said to three digits
+
+
+def test_learning_after_a_method_without_codes_is_refused():
+    with pytest.raises(RecipeError, match="does not follow the method 'rtn'"):
+        MixedPrecision(method="rtn", epochs=2)
 
 
 @pytest.mark.parametrize(

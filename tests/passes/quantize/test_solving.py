@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import weakref
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from llmc.passes.graph import argument
 from llmc.passes.instruments import NumericContract, Verification
 from llmc.passes.manager import run_passes
 from llmc.passes.probe import logits_of, probe_sequences
-from llmc.passes.quantize import solve
+from llmc.passes.quantize import activations, solve
+from llmc.passes.quantize.footprint import calibration_footprint
 from llmc.passes.quantize.gptq import Gptq
 from llmc.passes.quantize.rtn import Rtn
 from llmc.passes.quantize.scale_search import ScaleSearch
@@ -173,6 +176,51 @@ def test_a_full_disk_is_said_and_leaves_what_was_done(toy, tmp_path, monkeypatch
         quantize(program, tmp_path, Gptq(), memory_bytes=0)
     assert caught.value.code == "target.disk_full"
     assert "takes up where it stopped" in caught.value.fix
+
+
+@pytest.mark.parametrize("shape", [{}, {"experts": 4}, {"tied": True, "hidden": 64, "ffn": 96}])
+def test_spilled_activations_are_foreseen(toy, tmp_path, monkeypatch, shape):
+    """All of them spilled, both streams: as much as was said, and not far less."""
+    written, most = {}, [0]
+    write, take = activations.write_bytes, activations.Path.unlink
+
+    def counted(value, path):
+        write(value, path)
+        written[path] = value.nbytes
+        most[0] = max(most[0], sum(written.values()))
+
+    def removed(path, *rest, **options):
+        written.pop(path, None)
+        take(path, *rest, **options)
+
+    monkeypatch.setattr(activations, "write_bytes", counted)
+    monkeypatch.setattr(activations.Path, "unlink", removed)
+    program = toy(**shape)
+    quantize(program, tmp_path, Gptq(bits=4, group_size=0), memory_bytes=0)
+    num_tokens = calibration(program, tmp_path).num_tokens
+    said = calibration_footprint(program, num_tokens, 0)
+    assert said.spilled_bytes / 4 < most[0] <= said.spilled_bytes
+    held = calibration_footprint(program, num_tokens, 1 << 30)
+    assert held.spilled_bytes == 0
+    assert held.memory_bytes == said.memory_bytes + said.spilled_bytes
+
+
+@pytest.mark.parametrize("pass_", [Gptq(), ScaleSearch(data=False)], ids=["calibrated", "by weights"])
+def test_codes_of_one_layer_alone_are_held_in_memory(toy, tmp_path, monkeypatch, pass_):
+    """What was found for earlier ones is in files: memory does not grow with the layers."""
+    found, held = [], []
+    save = solve.SolvedFolder.save
+
+    def counted(folder, segment, results):
+        gc.collect()
+        held.append(sum(reference() is not None for reference in found))
+        found.extend(weakref.ref(result.tensor.codes) for result in results.values())
+        save(folder, segment, results)
+
+    monkeypatch.setattr(solve.SolvedFolder, "save", counted)
+    quantize(toy(), tmp_path, pass_)
+    assert len(found) > 12
+    assert max(held) <= 3  # those of the product before, three where keys, queries and values are apart
 
 
 def test_passes_that_need_tokens_say_so(toy):
