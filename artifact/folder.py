@@ -91,17 +91,22 @@ def check_free_name(final: Path, marker: str, *, force: bool) -> None:
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:
     """Raises TargetError with both numbers when the file system of `folder` has less free than needed."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    free_bytes = shutil.disk_usage(existing).free
+    free_bytes = free_disk_bytes(folder)
     if needed_bytes > free_bytes:
         raise TargetError(
             "target.disk_space",
             f"The artifact needs {needed_bytes} bytes of disk.",
-            f"Only {free_bytes} bytes are free at {str(existing)!r}.",
+            f"Only {free_bytes} bytes are free at {str(folder)!r}.",
             "Free some space, or write to another place with -o.",
         )
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Bytes free on the file system where `folder` is or would be made."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def sync_folders(root: Path) -> None:

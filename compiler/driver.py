@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..artifact.folder import check_free_name
+from ..artifact.folder import check_disk_space, check_free_name
 from ..artifact.schema import MANIFEST
 from ..artifact.writer import ArtifactWriter
 from ..codegen.base import backend_for, default_target
@@ -18,6 +18,7 @@ from ..ir.program import Program
 from ..ir.weights import Reader, WeightStore
 from ..passes.base import PassContext, needs_calibration
 from ..passes.bits import bits_per_weight
+from ..passes.calibration import MEMORY_BYTES
 from ..runtime.memory import available_memory_bytes
 from .bind import bind_checkpoint
 from .cache.recall import recall_check, recall_trace
@@ -29,7 +30,7 @@ from .dry_run import plan_compile
 from .finish import finish_artifact, make_manifest
 from .ledger import Ledger, Progress, Silent
 from .pipeline import Compiled, Pipeline, check_on_twin, choose_pipeline, is_small, run_pipeline
-from .preflight import check_memory, compile_bytes, fit
+from .preflight import check_calibration, check_memory, compile_bytes, fit
 from .quality import Quality
 from .request import CompileRequest
 from .result import CompileResult
@@ -123,9 +124,7 @@ def _make(
 ) -> CompileResult:
     if request.verify == "numerics":
         _check_twin(request, opened, bound, planning, ledger, cache)
-    if any(needs_calibration(pass_) for pass_ in opened.pipeline.passes):
-        _check_target_holds(request, opened, bound, planning, ledger, cache)
-    context = _calibrated(request, opened, bound, planning, results, ledger)
+    context = _calibrated(request, opened, bound, planning, results, ledger, cache)
     compiled = _run_passes(request, opened, bound, context, ledger, cache)
     backend = backend_for(request.parsed_target)
     needed = backend.estimate_bytes(compiled.final, compiled.portable)
@@ -147,22 +146,22 @@ def _make(
     return _result(request, compiled, ledger, cache, size_bytes=artifact.size_bytes, quality=quality)
 
 
-def _check_target_holds(
+def _planned(
     request: CompileRequest,
     opened: _Opened,
     bound: Program,
     planning: PassContext,
     ledger: Ledger,
     cache: CompileCache,
-) -> None:
-    """Refuse what operators cannot hold before hours are spent on calibrating it. Only those of ONNX are
-    not ours to write."""
-    if request.parsed_target.kind != "onnx":
-        return
-    with ledger.stage("check that the target holds it"):
+) -> Compiled:
+    """What the passes will make, by shapes alone: a recipe that does not fit the model, and what the target
+    or the disk cannot hold, are refused before hours are spent on calibration."""
+    with ledger.stage("check the plan"):
         unchecked = replace(request, verify="off", dump_ir=None)
         planned = run_pipeline(opened.pipeline, bound, planning, unchecked, ledger.progress, cache)
-        backend_for(request.parsed_target).estimate_bytes(planned.final, planned.portable)
+        needed = backend_for(request.parsed_target).estimate_bytes(planned.final, planned.portable)
+        check_disk_space(request.output_path().parent, needed)
+        return planned
 
 
 def _calibrated(
@@ -172,14 +171,35 @@ def _calibrated(
     planning: PassContext,
     results: Path,
     ledger: Ledger,
+    cache: CompileCache,
 ) -> PassContext:
+    planned: Compiled | None = None
+    if any(needs_calibration(pass_) for pass_ in opened.pipeline.passes):
+        planned = _planned(request, opened, bound, planning, ledger, cache)
+
+    def check(num_tokens: int) -> None:
+        if planned is not None:
+            available = available_memory_bytes()
+            passes = opened.pipeline.passes
+            check_calibration(planned.fused, passes, num_tokens, MEMORY_BYTES, results, available)
+
     with ledger.stage("prepare calibration") as line:
         folder = opened.checkpoint.folder
-        calibration = calibration_of(
-            request.calibration, opened.pipeline, bound, planning, folder, results, ledger.progress
+        prepared = calibration_of(
+            request.calibration,
+            opened.pipeline,
+            bound,
+            planning,
+            folder,
+            results,
+            ledger.progress,
+            check,
+            cache,
         )
+        calibration = prepared.calibration
         if calibration.sequences:
-            line.note = f"{calibration.num_tokens} tokens of {calibration.source}"
+            known = ", known" if prepared.cached else ""
+            line.note = f"{calibration.num_tokens} tokens of {calibration.source}{known}"
     return replace(planning, planning=False, calibration=calibration)
 
 

@@ -38,10 +38,12 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """One model at three stages: as traced with its weights bound, before the lay-out stage, and final."""
+    """One model at four stages: as traced with its weights bound, before the stage that quantises, before the
+    lay-out stage, and final."""
 
     pipeline: Pipeline
     bound: Program
+    fused: Program
     portable: Program
     final: Program
     passes: tuple[PassSummary, ...]
@@ -72,16 +74,23 @@ def run_pipeline(
         watching.append(NumericContract(seed=context.seed))
     if request.dump_ir is not None:
         watching.append(TextDump(request.dump_ir))
-    front, back = until_stage(pipeline.passes, Stage.layout)
+    quantised, back = until_stage(pipeline.passes, Stage.layout)
+    front, quantisers = until_stage(quantised, Stage.quantise)
     check_order(pipeline.passes, bound.facts)
     # Dumps are of every pass as it runs, so none may be recalled.
     watched = None if request.dump_ir is not None else f"{request.verify}, numerics {numerics}"
     runner = CachedPasses(cache, bound, context, watched)
-    portable = runner.run(bound, front, watching)
+    fused = runner.run(bound, front, watching)
+    portable = runner.run(fused, quantisers, watching)
     final = runner.run(portable, back, watching)
     infer(final)  # what was recalled carries no values
     return Compiled(
-        pipeline=pipeline, bound=bound, portable=portable, final=final, passes=tuple(runner.outcomes)
+        pipeline=pipeline,
+        bound=bound,
+        fused=fused,
+        portable=portable,
+        final=final,
+        passes=tuple(runner.outcomes),
     )
 
 

@@ -4,8 +4,15 @@ operating system for memory; arithmetic otherwise."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
+from ..artifact.folder import free_disk_bytes
 from ..ir.program import Program
+from ..passes.base import Pass
+from ..passes.quantize.footprint import calibration_footprint
+from ..passes.quantize.rounding import Tuning
+from ..passes.quantize.tuned import learning_bytes
 from ..runtime.fit import Fit, fit_within
 from ..spec.errors import InternalError, TargetError
 
@@ -32,6 +39,48 @@ def compile_bytes(program: Program) -> int:
     float32 while it is quantised, and as written."""
     largest = max((math.prod(program.weights[name].shape) for name in program.weights), default=0)
     return _BASE_BYTES + 3 * _FLOAT_BYTES * largest
+
+
+def check_calibration(
+    fused: Program, passes: Sequence[Pass], num_tokens: int, stream_bytes: int, folder: Path, available: int
+) -> None:
+    """Raises TargetError with all numbers when calibrating `passes` on `num_tokens` tokens may take more
+    memory than is `available`, or more disk than is free where `folder` is or will be. `fused` is the program
+    before quantisation; of its activations each stream keeps `stream_bytes` in memory."""
+    needed = calibration_footprint(fused, num_tokens, stream_bytes)
+    _check_calibration_memory(
+        num_tokens,
+        needed.memory_bytes,
+        available,
+        "Close other programs, or choose a recipe that does not calibrate, such as --quant int4-fast.",
+    )
+    for pass_ in passes:
+        tuning: Tuning | None = getattr(pass_, "tuning", None)
+        if tuning is not None:
+            _check_calibration_memory(
+                num_tokens,
+                learning_bytes(fused, tuning, num_tokens),
+                available,
+                f"Close other programs, or leave learning from the logits out: --set {pass_.name}.epochs=0.",
+            )
+    free = free_disk_bytes(folder)
+    if needed.spilled_bytes > free:
+        raise TargetError(
+            "target.disk_space",
+            f"Calibrating on {num_tokens} tokens spills up to {needed.spilled_bytes} bytes to disk.",
+            f"Only {free} bytes are free at {str(folder.parent)!r}.",
+            "Free some space, write to another place with -o, or give a shorter --calibration file.",
+        )
+
+
+def _check_calibration_memory(num_tokens: int, needed: int, available: int, fix: str) -> None:
+    if _BASE_BYTES + needed > available:
+        raise TargetError(
+            "target.memory",
+            f"Calibrating on {num_tokens} tokens needs up to {_BASE_BYTES + needed} bytes of memory.",
+            f"{available} bytes are available on this machine.",
+            fix,
+        )
 
 
 def check_memory(needed_bytes: int, available: int) -> None:

@@ -243,7 +243,8 @@ def no_activation(name: str, why: str) -> TargetError:
         "cpu.activation_scheme",
         f"The program asks for activations rounded as {name}.",
         f"The CPU target cannot do that: {why}.",
-        "Choose int8_token, int8_g32, int8_g128 or none, or compile with --target reference.",
+        "Choose int8_token, int8_g32, int8_g128 or none (--set fp8.inputs= or, of a quantised checkpoint, "
+        "--set keep_codes.round_inputs=false), or compile with --target reference.",
     )
 
 

@@ -144,7 +144,7 @@ def _cache_type(dtype: str) -> str:
         "cpu.kv_dtype",
         f"The KV cache is laid out as {dtype}.",
         f"The CPU target keeps keys and values as {' or '.join(_CACHE_TYPES)}.",
-        "Compile with --kv-dtype bfloat16.",
+        "Compile with --kv-dtype int8, which takes as few bytes, or without --kv-dtype.",
     )
 
 

@@ -10,6 +10,7 @@ from collections import namedtuple
 import pytest
 
 import llmc.compiler.driver as driver
+import llmc.compiler.preflight as preflight
 from llmc.artifact import folder as artifact_folder
 from llmc.compiler.driver import compile_model
 from llmc.compiler.ledger import Silent
@@ -74,6 +75,44 @@ def test_too_little_memory_is_said_before_weights_are_loaded(stories_1m, tmp_pat
     error = refusal(TargetError, stories_1m, tmp_path / "out.llmc")
     assert error.code == "target.memory"
     assert f"{1 << 20} bytes are available" in error.why
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "amount", "code"),
+    [
+        (driver, "available_memory_bytes", 1 << 20, "target.memory"),
+        (preflight, "free_disk_bytes", 1000, "target.disk_space"),
+    ],
+    ids=["memory", "disk"],
+)
+def test_what_calibration_needs_is_said_before_it_starts(
+    stories_1m, tmp_path, monkeypatch, place, name, amount, code
+):
+    monkeypatch.setattr(place, name, lambda *_: amount)
+    monkeypatch.setattr(driver, "MEMORY_BYTES", 1 << 20)
+    forbid_loading(monkeypatch)
+    error = refusal(TargetError, stories_1m, tmp_path / "out.llmc", quant="int4")
+    assert error.code == code
+    assert "Calibrating on 8192 tokens" in error.what
+    assert f"{amount} bytes are" in error.why
+
+
+def test_a_recipe_that_does_not_fit_is_refused_before_text_is_prepared(stories_1m, tmp_path, monkeypatch):
+    forbid_loading(monkeypatch)
+    options = {"quant": "mixed", "overrides": ["mixed_precision.budget=3"]}
+    error = refusal(RecipeError, stories_1m, tmp_path / "out.llmc", **options)
+    assert error.code == "mixed_precision.budget"
+
+
+def test_a_cache_that_the_target_cannot_hold_is_refused_before_text_is_prepared(
+    stories_1m, tmp_path, monkeypatch
+):
+    forbid_loading(monkeypatch)
+    error = refusal(
+        TargetError, stories_1m, tmp_path / "out.llmc", quant="int4", kv_dtype="fp8", target="cpu"
+    )
+    assert error.code == "cpu.kv_dtype"
+    assert "--kv-dtype int8" in error.fix
 
 
 def forbid_loading(monkeypatch):

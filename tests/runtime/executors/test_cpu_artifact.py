@@ -47,6 +47,22 @@ def test_generated_tokens_are_those_of_the_reference(artifact, heldout_stories):
         assert tokens(ours, prompts, GREEDY) == tokens(reference, prompts, GREEDY)
 
 
+@pytest.mark.slow
+def test_8_bit_weights_and_inputs_compute_what_the_reference_does(stories_1m, heldout_stories, tmp_path):
+    """By integer kernels: loading checks the oracle, which the reference made of the same rounded inputs."""
+    text = tmp_path / "stories.txt"
+    text.write_text("<|endoftext|>".join(heldout_stories[:40]), encoding="utf-8")
+    made = compile_model(
+        stories_1m, output=tmp_path / "a.llmc", quant="w8a8", target="cpu", calibration=text, verify="off"
+    )
+    assert made.quality.kl_mean < 0.01
+    program = json.loads((tmp_path / "a.llmc" / "program.json").read_text())
+    assert json.dumps(program).count("int8_token") == 8
+    with load(tmp_path / "a.llmc", CONFIG) as llm:
+        found = tokens(llm, [story[:60] for story in heldout_stories[40:44]], GREEDY)
+    assert all(len(ids) == GREEDY.max_tokens for ids in found)
+
+
 def test_tokens_do_not_depend_on_company_or_threads(artifact, heldout_stories):
     prompts = [story[:90] for story in heldout_stories[:6]]
     seeded = SamplingParams(temperature=0.9, top_p=0.95, seed=7, max_tokens=24, ignore_eos=True)
