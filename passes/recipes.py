@@ -14,7 +14,7 @@ from ..spec.target_options import is_target_option
 from .base import PAGED, TRACED, OptionValue, Pass, Stage, option_values, options_of
 from .manager import check_order
 from .options import build_pass, closest, option_named, parse_value
-from .presets import preset_named
+from .presets import PRESETS, preset_named
 from .registry import known_passes, pass_named
 from .strict_yaml import load_yaml
 
@@ -186,11 +186,14 @@ def read_recipe(path: Path) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        is_preset = str(path) in {preset.name for preset in PRESETS}
         raise RecipeError(
             "recipe.unreadable",
             f"Recipe file {path} cannot be read.",
             f"The reason is: {reason}.",
-            "Check the path; `llmc recipe show int4 > my.yaml` writes a recipe to start from.",
+            f"{path} is a preset: name it with --quant {path}."
+            if is_preset
+            else "Check the path; `llmc recipe show int4 > my.yaml` writes a recipe to start from.",
         ) from error
     return from_yaml(text, str(path))
 

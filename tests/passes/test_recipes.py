@@ -174,6 +174,8 @@ def test_malformed_recipes_say_where_and_why(text, message):
 def test_unreadable_recipe_files(tmp_path):
     with pytest.raises(RecipeError, match="No such file"):
         read_recipe(tmp_path / "missing.yaml")
+    with pytest.raises(RecipeError, match="int8 is a preset: name it with --quant int8"):
+        read_recipe(Path("int8"))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="not UTF-8"):
