@@ -85,7 +85,7 @@ LLMC_INLINE void score_chunks(const float* q, int64_t ldq, int64_t width, const 
 
 template <class T, int R>
 LLMC_KERNEL void score_rows(const float* q, int64_t ldq, int64_t width, const KeyBlock& block, float* scores) {
-  constexpr int C = LLMC_AVX512 ? (R <= 2 ? 4 : R <= 4 ? 2 : 1) : 1;
+  constexpr int C = LLMC_AVX512 && R <= 4 ? 4 : 1;
   int chunk = block.first;
   for (; chunk + C <= block.last; chunk += C) score_chunks<T, R, C>(q, ldq, width, block, chunk, scores);
   for (; chunk < block.last; ++chunk) score_chunks<T, R, 1>(q, ldq, width, block, chunk, scores);
