@@ -25,6 +25,7 @@ from ..artifact.writer import ArtifactWriter
 from ..codegen.base import backend_for
 from ..ir.program import Program
 from ..ir.weights import Reader, WeightStore
+from ..ir.widened import widened
 from ..passes.base import option_values
 from ..passes.calibration import Calibration
 from ..passes.probe import logits_of
@@ -58,8 +59,10 @@ def finish_artifact(
 
     Quality and oracle are measured on the files as written, so that what is judged is what ships. Of a large
     model the quality is that of the portable program, which takes one step where the final one takes
-    several; what the lay-out stage adds is exact, and in the oracle.
+    several; what the lay-out stage adds is exact, and in the oracle. For a target that computes in float32
+    whatever the checkpoint's dtype is, all programs do.
     """
+    shown = widened if request.parsed_target.kind == "onnx" else _as_it_is
     for file in checkpoint.tokenizer.files:
         writer.copy_file(f"{TOKENIZER_FOLDER}/{file.name}", "tokenizer", file)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
@@ -67,13 +70,13 @@ def finish_artifact(
     with ledger.stage("measure quality"):
         prompts = probe_prompts(tokenizer, compiled.bound)
         judged = compiled.final if is_small(compiled.bound) else compiled.portable
-        written = as_written(judged, preview)
-        seen = Judged(prompts, logits_of(compiled.bound, prompts), logits_of(written, prompts))
+        written = shown(as_written(judged, preview))
+        seen = Judged(prompts, logits_of(shown(compiled.bound), prompts), logits_of(written, prompts))
         quality = compare(seen.original, seen.compiled, prompts)
         check_quality(quality, request.kl_limit())
         compiled.bound.weights.reader.close()
     with ledger.stage("make the oracle"):
-        oracle = make_oracle(as_written(compiled.final, preview), tokenizer.encode)
+        oracle = make_oracle(shown(as_written(compiled.final, preview)), tokenizer.encode)
         write_oracle(writer, oracle)
     if preview.manifest.target.kind == "cpu":
         with ledger.stage("check the libraries"):
@@ -94,6 +97,10 @@ def finish_artifact(
     title = f"{source_name(request.model)}, {compiled.pipeline.name}, for {request.parsed_target.name}"
     writer.write_bytes(REPORT_PAGE, "report", report_page(report, title))
     return quality
+
+
+def _as_it_is(program: Program) -> Program:
+    return program
 
 
 def as_written(program: Program, artifact: Artifact) -> Program:

@@ -20,6 +20,7 @@ from ..codegen.onnx.taps import GraphOperator, GraphTap, graph_taps
 from ..ir.arguments import argument, argument_names
 from ..ir.program import Program
 from ..ir.vocabulary import operator_name
+from ..ir.widened import widened
 from ..runtime.config import RuntimeConfig
 from ..runtime.executors.onnxruntime import open_model
 from ..runtime.executors.processors import usable_processors
@@ -37,7 +38,8 @@ _LINEAR = "llmc.quantized_linear.default"
 
 def trace_graph(artifact: Artifact, final: Program, prompts: Sequence[tuple[int, ...]]) -> CodeTrace:
     """Run the engine's graph on `prompts` with the values of the nodes told, all tokens of a prompt but the
-    last in one step, and the last in another; then run it as the executor does.
+    last in one step, and the last in another; then run it as the executor does. The program is computed in
+    float32, as the graph is.
 
     Nodes have the names of `final`, the artifact's final program, where it has them. Raises ArtifactError for
     a graph that another version of llmc exported.
@@ -47,7 +49,7 @@ def trace_graph(artifact: Artifact, final: Program, prompts: Sequence[tuple[int,
     operators = [GraphOperator(node.op_type, node.name, tuple(node.output)) for node in model.graph.node]
     taps = graph_taps(portable, final, OnnxOptions.of(artifact.manifest.target), operators)
     _round_inputs(portable, final)
-    expected = run_nodes(portable, prompts)
+    expected = run_nodes(widened(portable), prompts)
     rows = {tap.node: tap for tap in taps if tap.node in expected.rows}
     found = _run_tapped(artifact, tuple(rows.values()), prompts)
     shipped = _run_shipped(artifact, prompts)

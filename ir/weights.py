@@ -21,6 +21,7 @@ from .bands import map_bands
 from .quantized import QTensor, part_dtype, part_shape, quantize_rtn
 
 _READ_BYTES = 256 << 20
+_KEPT_BYTES = 1 << 30
 
 
 class TensorCache(Protocol):
@@ -383,6 +384,19 @@ class WeightStore:
     def evaluate(self, name: str) -> Tensor:
         """The values of `name`; nothing is kept."""
         return self.entries[name].evaluate(self.reader)
+
+    def fetcher(self) -> Callable[[str], Tensor]:
+        """`evaluate` for many calls: results are kept, where all of them together take little memory."""
+        if self.total_bytes > _KEPT_BYTES:
+            return self.evaluate
+        kept: dict[str, Tensor] = {}
+
+        def fetch(name: str) -> Tensor:
+            if name not in kept:
+                kept[name] = self.evaluate(name)
+            return kept[name]
+
+        return fetch
 
     def with_entries(self, added: Mapping[str, Expr]) -> WeightStore:
         """This store with `added` put in or replaced."""

@@ -16,13 +16,12 @@ from torch import Tensor
 from ..ir.interpret import Observer, interpret
 from ..ir.paged import PagedSequence, allocate_caches, scatter_pages, step_inputs
 from ..ir.program import Program
-from ..ir.weights import Constant, Expr, Unbound, WeightStore
+from ..ir.weights import Constant, Expr, Unbound
 from ..spec.model import ModelSpec
 from .base import PAGED
 
 _LENGTHS = (37, 1, 5, 20)
 _NUM_STEPS = 3
-_KEPT_WEIGHT_BYTES = 1 << 30
 
 
 def probe_sequences(spec: ModelSpec, seed: int) -> tuple[tuple[int, ...], ...]:
@@ -40,7 +39,7 @@ def logits_of(
     A paged program runs in several mixed steps of chunked prefill over scattered pages, any other in one
     step of packed whole sequences. `observe(node, value)` sees every computed value of every step.
     """
-    weight = _weight_reader(program.weights)
+    weight = program.weights.fetcher()
     if PAGED in program.facts:
         return _paged_logits(program, sequences, weight, observe)
     tokens = [token for sequence in sequences for token in sequence]
@@ -84,20 +83,6 @@ def _chunk(sequence: Sequence[int], step: int, tables: Sequence[Sequence[int]]) 
     if not tokens:
         return None
     return PagedSequence(start=step * size, token_ids=tokens, block_tables=tables, wanted=range(len(tokens)))
-
-
-def _weight_reader(weights: WeightStore) -> Callable[[str], Tensor]:
-    """`weights.evaluate`, its results kept while they are small altogether."""
-    if weights.total_bytes > _KEPT_WEIGHT_BYTES:
-        return weights.evaluate
-    kept: dict[str, Tensor] = {}
-
-    def read(name: str) -> Tensor:
-        if name not in kept:
-            kept[name] = weights.evaluate(name)
-        return kept[name]
-
-    return read
 
 
 def with_random_weights(program: Program, seed: int) -> Program:

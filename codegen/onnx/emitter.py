@@ -21,6 +21,7 @@ from ...ir.program import Program
 from ...spec.errors import TargetError
 from .frame import Frame
 from .graph import BOOL, FLOAT, INT64, OnnxGraph
+from .narrow import narrow_nodes
 from .stored import StoredWeights
 
 Size = sympy.Expr
@@ -44,7 +45,8 @@ DTYPES = {
 class Emitter:
     """State of one export. `shared` holds what several nodes derive from one value, by a name for it;
     `activations` how the inputs of products are rounded, by the name of the codes; `batched` the values
-    `[B, S, ...]` that stand behind a value `[T, ...]`, with the dimensions that follow."""
+    `[B, S, ...]` that stand behind a value `[T, ...]`, with the dimensions that follow; `narrow` the nodes
+    whose values have the wanted rows alone, and `is_narrow` whether one of them is being lowered."""
 
     program: Program
     graph: OnnxGraph
@@ -56,9 +58,13 @@ class Emitter:
     shared: dict[tuple[Any, ...], Any] = field(default_factory=dict[tuple[Any, ...], Any])
     names: dict[str, str] = field(default_factory=dict[str, str])
     batched: dict[ir.Value, tuple[int, ...]] = field(default_factory=dict[ir.Value, tuple[int, ...]])
+    narrow: frozenset[fx.Node] = frozenset()
+    is_narrow: bool = False
 
     def __post_init__(self) -> None:
         self.names = symbol_names(self.program.graph, self.program.inputs)
+        if self.frame.logits != "all":
+            self.narrow = narrow_nodes(self.program)
 
     def value(self, arg: Any) -> ir.Value:
         """The tensor value of a node argument; a weight is taken as float32 or int64."""
@@ -71,8 +77,16 @@ class Emitter:
         return None if arg is None else self.value(arg)
 
     def lowered(self, arg: Any) -> Lowered:
-        """Whatever a node argument became."""
-        return self.stored.plain(self.graph, str(arg.target)) if arg.op == "get_attr" else self.env[arg]
+        """Whatever a node argument became; of a matrix of all tokens a narrow node reads the wanted rows."""
+        if arg.op == "get_attr":
+            return self.stored.plain(self.graph, str(arg.target))
+        return self.wanted_rows(arg) if self.is_narrow and arg not in self.narrow else self.env[arg]
+
+    def wanted_rows(self, arg: fx.Node) -> ir.Value:
+        """The wanted rows of a matrix of all tokens."""
+        matrix, rows = self.env[arg], self.frame.input(self.graph, "out_rows")
+        assert isinstance(matrix, ir.Value)
+        return self.once(("wanted", arg), lambda: self.graph.op("Gather", matrix, rows, axis=0))
 
     def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What `make` gives, made on the first call with `key`."""
@@ -184,7 +198,7 @@ class Emitter:
     def rows_of(self, arg: fx.Node, dtype: ir.DataType = FLOAT) -> ir.Value | None:
         """A tensor `[T, ...]` of `dtype` as `[B, S, ...]`, where there is such a value."""
         value = self.env.get(arg)
-        if not isinstance(value, ir.Value) or self.dtype_of(arg) != dtype:
+        if self.is_narrow or not isinstance(value, ir.Value) or self.dtype_of(arg) != dtype:
             return None
         base, dims = self.graph.base(value), arg.meta["val"].shape[1:]
         is_fixed = all(isinstance(dim, int) for dim in dims)
@@ -210,7 +224,7 @@ class Emitter:
             if node.op == "placeholder":
                 self.env[node] = self.frame.input(self.graph, str(node.target))
             elif node.op == "call_function":
-                self.graph.scope = scope_of(node, self.graph.scope)
+                self.graph.scope, self.is_narrow = scope_of(node, self.graph.scope), node in self.narrow
                 self.env[node] = lowering_of(node, lowerings, self.names, self.graph.scope)(self, node)
         raise AssertionError("a program ends in an output")
 

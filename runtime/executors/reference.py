@@ -72,7 +72,7 @@ def source_of_artifact(artifact: Artifact) -> ReferenceSource:
 
 
 def source_of_program(program: Program) -> ReferenceSource:
-    """A program after the lay-out stage, with all of its weights evaluated into memory."""
+    """A program after the lay-out stage; weights that take much memory together are read as they are used."""
     if program.cache is None:
         raise InternalError(
             "runtime.no_cache_layout",
@@ -80,9 +80,8 @@ def source_of_program(program: Program) -> ReferenceSource:
             "It has no cache layout: the lay-out stage has not run.",
             "Run the recipe's kv_layout and paged_attention passes first.",
         )
-    weights = {name: program.weights.evaluate(name) for name in program.used_weights()}
     return ReferenceSource(
-        graph=program.graph, weight=weights.__getitem__, spec=program.spec, cache=program.cache
+        graph=program.graph, weight=program.weights.fetcher(), spec=program.spec, cache=program.cache
     )
 
 

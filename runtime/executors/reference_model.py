@@ -31,7 +31,7 @@ TILE = 32
 class ReferenceModel:
     """Runs steps of one program over its own caches. Not thread-safe.
 
-    `weight(name)` gives tensors that stay alive as long as the model.
+    `weight(name)` gives tensors that stay alive as long as the model where `products` keeps anything.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from llmc.compiler import finish, onnx_trace
 from llmc.compiler.compare.quality import portable_program, stored_program
 from llmc.compiler.driver import compile_model
 from llmc.compiler.layer_trace import trace_layers
-from llmc.spec.errors import ArtifactError
+from llmc.spec.errors import ArtifactError, CheckFailed
 
 PROMPTS = [tuple(range(5, 75)), (9, 8, 7)]
 
@@ -36,8 +36,8 @@ def compiled(model, output, overrides=()):
     return open_artifact(output)
 
 
-def spoiled(monkeypatch, model, output, spoil, overrides=()):
-    """An artifact whose graphs `spoil` has changed before they were written."""
+def spoil_graphs(monkeypatch, spoil):
+    """Let `spoil` change every graph before it is written."""
 
     def serialize(graph):
         spoil({f"{node.op_type} {node.name}": node for node in graph.graph})
@@ -45,6 +45,11 @@ def spoiled(monkeypatch, model, output, spoil, overrides=()):
 
     serialize_soundly = backend.serialize
     monkeypatch.setattr(backend, "serialize", serialize)
+
+
+def spoiled(monkeypatch, model, output, spoil, overrides=()):
+    """An artifact whose graphs `spoil` has changed before they were written."""
+    spoil_graphs(monkeypatch, spoil)
     # What would refuse to commit such an artifact.
     monkeypatch.setattr(finish, "check_graph", lambda artifact, oracle, judged: None)
     artifact = compiled(model, output, overrides)
@@ -102,6 +107,20 @@ def ungated_half(nodes):
     """The gate is activated, and multiplied with itself instead of with its partner."""
     node = nodes["Mul /model/layers/1/mlp/gate_proj+up_proj/weight/Mul"]
     node.replace_input_with(1, node.inputs[0])
+
+
+def slightly_another_scale(nodes):
+    """What rounding to bfloat16, the checkpoint's own precision, would hide."""
+    node = nodes["GroupQueryAttention /model/layers/1/self_attn/GroupQueryAttention"]
+    node.attributes["scale"] = ir.AttrFloat32("scale", 1.05 * node.attributes["scale"].as_float())
+
+
+@pytest.mark.parametrize(("spoil", "inputs"), [(slightly_another_scale, "accurate"), (ungated_half, "fast")])
+def test_a_graph_with_a_bug_is_refused_and_nothing_is_left(stories_1m, tmp_path, monkeypatch, spoil, inputs):
+    spoil_graphs(monkeypatch, spoil)
+    with pytest.raises(CheckFailed, match="does not compute what the program says"):
+        compiled(stories_1m, tmp_path / "a.llmc", [f"select_kernels.inputs={inputs}"])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

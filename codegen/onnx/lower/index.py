@@ -26,7 +26,7 @@ def _index_select(emitter: Emitter, node: fx.Node) -> ir.Value:
 
 def _gather_rows(emitter: Emitter, node: fx.Node) -> ir.Value:
     rows: Any = node.args[1]
-    if emitter.frame.logits == "all" and rows.op == "placeholder":
+    if node.args[0] in emitter.narrow or (emitter.frame.logits == "all" and rows.op == "placeholder"):
         return emitter.value(node.args[0])
     return emitter.graph.op("Gather", emitter.value(node.args[0]), emitter.value(rows), axis=0)
 
