@@ -57,26 +57,35 @@ LLMC_KERNEL void float_tiles(const FloatProduct& p, int64_t first, int64_t tile_
     F16 acc[M][2];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
-    for (int64_t k = 0; k < K; k += 2) {
+    // Sums stay in registers only where every index into them is a constant: each loop over m is unrolled.
+    const int64_t even = K & ~int64_t{1};
+    for (int64_t k = 0; k < even; k += 2) {
       F16 w0[2], w1[2];
-      const bool both = k + 1 < K;
       const char* line = reinterpret_cast<const char*>(weight + k * kTileRows);
 #pragma GCC unroll 4
       for (size_t i = 0; i < 2 * kTileRows * sizeof(T); i += 64) prefetch(line + 2048 + i);
-      load_columns(weight, k, w0, w1, both);
+      load_columns(weight, k, w0, w1, true);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const F16 a0 = set1(x[m][k]);
+        const F16 a0 = set1(x[m][k]), a1 = set1(x[m][k + 1]);
         acc[m][0] = fma(w0[0], a0, acc[m][0]);
         acc[m][1] = fma(w0[1], a0, acc[m][1]);
-        if (both) {
-          const F16 a1 = set1(x[m][k + 1]);
-          acc[m][0] = fma(w1[0], a1, acc[m][0]);
-          acc[m][1] = fma(w1[1], a1, acc[m][1]);
-        }
+        acc[m][0] = fma(w1[0], a1, acc[m][0]);
+        acc[m][1] = fma(w1[1], a1, acc[m][1]);
+      }
+    }
+    if (even < K) {
+      F16 w0[2], w1[2];
+      load_columns(weight, even, w0, w1, false);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const F16 a0 = set1(x[m][even]);
+        acc[m][0] = fma(w0[0], a0, acc[m][0]);
+        acc[m][1] = fma(w0[1], a0, acc[m][1]);
       }
     }
     const int64_t column = tile * kTileRows;
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       store(out, acc[m][0]);
       store(out + 16, acc[m][1]);

@@ -83,6 +83,8 @@ LLMC_KERNEL void table_tile(const TableProduct& p, int64_t first, int64_t tile) 
   const float* x[M];
   for (int m = 0; m < M; ++m) x[m] = p.x + (p.index ? p.index[first + m] : first + m) * p.ldx;
   F16 acc[M][2];
+  // Sums stay in registers only where every index into them is a constant: each loop over m is unrolled.
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
   for (int64_t start = 0; start < p.in_features; start += p.group) {
     const int64_t stop = start + p.group < p.in_features ? start + p.group : p.in_features;
@@ -90,6 +92,7 @@ LLMC_KERNEL void table_tile(const TableProduct& p, int64_t first, int64_t tile) 
     std::memcpy(scales, at, sizeof scales);
     F16 zeros[2] = {zero(), zero()}, sum[M][2];
     if (C::Zeros) zeros[0] = to_float(load(at + 4 * kTileRows)), zeros[1] = to_float(load(at + 4 * kTileRows + 16));
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = zero();
     const uint8_t* codes = at + C::kHeader;
     for (int64_t k = start; k < stop; codes += kTileRows) {
@@ -102,6 +105,7 @@ LLMC_KERNEL void table_tile(const TableProduct& p, int64_t first, int64_t tile) 
       add_code<C, M>(low & set1(15), high & set1(15), zeros, x, k++, sum);
       if (k < stop) add_code<C, M>(shift_right<4>(low), shift_right<4>(high), zeros, x, k++, sum);
     }
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       acc[m][0] = fma(sum[m][0], load(scales), acc[m][0]);
       acc[m][1] = fma(sum[m][1], load(scales + 16), acc[m][1]);
@@ -109,6 +113,7 @@ LLMC_KERNEL void table_tile(const TableProduct& p, int64_t first, int64_t tile) 
     at += C::kHeader + C::code_bytes(stop - start);
   }
   const int64_t column = tile * kTileRows;
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     float out[kTileRows];
     store(out, acc[m][0]);
