@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -76,12 +76,12 @@ class Jobs(NamedTuple):
 NO_JOBS = Jobs(None, 0, 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepInputs:
+class StepInputs(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What changes from step to step, in one array: input ids and positions of each of `num_tokens` tokens,
     the `num_rows` tokens whose logits are wanted, where the queries of `num_sequences` sequences start and
     end; then of each cache group a block table, `widths[g]` pages a sequence, and the slots of the tokens.
-    `offsets` are where these begin, in this order. Logits go to `logits`, and what is made of them to `jobs`.
+    `offsets` are where these begin, in this order. Logits go to the address `logits`, float32 `[num_rows,
+    vocab]`, and what is made of them to `jobs`.
     """
 
     values: array[int]
@@ -90,7 +90,7 @@ class StepInputs:
     num_tokens: int
     num_rows: int
     num_sequences: int
-    logits: Array
+    logits: int
     jobs: Jobs = NO_JOBS
 
 
@@ -143,7 +143,7 @@ class CpuLibrary:
             )
 
     def step(self, inputs: StepInputs, rounds: int = 1) -> array[int]:
-        """Run one step; `inputs.logits` and the results of `inputs.jobs` are filled.
+        """Run one step; the logits and the results of `inputs.jobs` are filled.
 
         With more than one round, each sequence's job draws a token that is its only one in the next round:
         gives the tokens `[rounds, sequences]`, -1 from where a sequence's logits were not finite.
@@ -173,7 +173,7 @@ class CpuLibrary:
         ]
         drawn = array("q", bytes(8 * rounds * num_sequences if rounds > 1 else 0))
         memory = array("q", bytes(8 * ((4 + groups) * num_sequences + 1) if rounds > 1 else 0))
-        fields[-7:-4] = [inputs.logits.ctypes.data, inputs.jobs.address, inputs.jobs.length]
+        fields[-7:-4] = [inputs.logits, inputs.jobs.address, inputs.jobs.length]
         fields[-3:] = [rounds, drawn.buffer_info()[0], memory.buffer_info()[0]]
         fault = self._library.llmc_step(self._engine, fields, len(fields))
         if fault:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, repeat
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,6 +78,7 @@ class CpuModel:
         self._unit = unit
         self._caches = _allocate(layout, num_pages)
         self._logits = np.empty((unit.max_logit_rows, vocab_size), dtype=np.float32)
+        self._logits_address = int(self._logits.ctypes.data)
         self._library = CpuLibrary(
             library,
             num_threads=num_threads,
@@ -101,10 +102,9 @@ class CpuModel:
         for tile in split_tiles(sequences, size):
             parts = [part for _, _, part in tile]
             owners = tuple((index, offset + token) for index, offset, part in tile for token in part.wanted)
-            logits = self._logits[: len(owners)]
-            self._library.step(step_inputs(self._layout, parts, logits, jobs_of(owners)))
+            self._library.step(step_inputs(self._layout, parts, self._logits_address, jobs_of(owners)))
             if owners:
-                yield TileLogits(owners=owners, logits=logits)
+                yield TileLogits(owners=owners, logits=self._logits[: len(owners)])
 
     def can_draw(self, sequences: Sequence[SequencePart]) -> bool:
         """Whether one call takes all of `sequences`."""
@@ -114,8 +114,7 @@ class CpuModel:
     def draw(self, sequences: Sequence[SequencePart], jobs: Jobs, rounds: int) -> array[int]:
         """Runs `rounds` steps in one call: the job of each sequence, of which the last token is wanted, draws
         the token that it goes on with. Tokens `[rounds, sequences]`, -1 where there is none."""
-        logits = self._logits[: len(sequences)]
-        return self._library.step(step_inputs(self._layout, sequences, logits, jobs), rounds)
+        return self._library.step(step_inputs(self._layout, sequences, self._logits_address, jobs), rounds)
 
     def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
         """Copy physical pages within their groups, in order."""
@@ -130,22 +129,24 @@ class CpuModel:
 
 
 def step_inputs(
-    layout: CacheLayout, sequences: Sequence[SequencePart], logits: NDArray[np.float32], jobs: Jobs
+    layout: CacheLayout, sequences: Sequence[SequencePart], logits: int, jobs: Jobs
 ) -> StepInputs:
-    """The inputs of one step: rows of a sequence are contiguous, in the order given."""
+    """The inputs of one step: rows of a sequence are contiguous, in the order given. `logits` is where those
+    of the wanted tokens go."""
     token_ids: list[int] = []
     positions: list[int] = []
     rows: list[int] = []
     starts = [0]
+    num_tokens = 0
     for part in sequences:
-        first, count = starts[-1], len(part.token_ids)
-        token_ids.extend(part.token_ids)
-        positions.extend(range(part.start, part.start + count))
-        rows.extend([first + token for token in part.wanted])
-        starts.append(first + count)
-    num_tokens = len(token_ids)
+        count = len(part.token_ids)
+        token_ids += part.token_ids
+        positions += range(part.start, part.start + count)
+        rows += [num_tokens + token for token in part.wanted]
+        num_tokens += count
+        starts.append(num_tokens)
     offsets = [0, num_tokens, 2 * num_tokens, 2 * num_tokens + len(rows)]
-    values = array("q", [*token_ids, *positions, *rows, *starts])
+    values = [*token_ids, *positions, *rows, *starts]
     widths: list[int] = []
     for index, group in enumerate(layout.groups):
         tables = [part.block_tables[index] for part in sequences]
@@ -153,13 +154,13 @@ def step_inputs(
         offsets.append(len(values))
         slots: list[int] = []
         for part, table in zip(sequences, tables, strict=True):
-            values.extend(table)
-            values.extend(repeat(-1, widths[-1] - len(table)))
-            slots.extend(_slots(table, part.start, len(part.token_ids), group.page_tokens))
+            values += table
+            values += [-1] * (widths[-1] - len(table))
+            slots += _slots(table, part.start, len(part.token_ids), group.page_tokens)
         offsets.append(len(values))
-        values.extend(slots)
+        values += slots
     return StepInputs(
-        values=values,
+        values=array("q", values),
         offsets=tuple(offsets),
         widths=tuple(widths),
         num_tokens=num_tokens,
@@ -170,8 +171,12 @@ def step_inputs(
     )
 
 
-def _slots(table: Sequence[int], start: int, count: int, page_tokens: int) -> list[int]:
+def _slots(table: Sequence[int], start: int, count: int, page_tokens: int) -> Sequence[int]:
     """Where the keys and values of `count` tokens from position `start` go."""
+    index, offset = divmod(start, page_tokens)
+    if offset + count <= page_tokens and index < len(table) and table[index] >= 0:
+        first = table[index] * page_tokens + offset
+        return range(first, first + count)
     slots: list[int] = []
     position, end = start, start + count
     while position < end:

@@ -69,13 +69,15 @@ class CpuSampled:
     def draw(self, outputs: Sequence[SegmentOutput], rounds: int) -> None:
         """As `stepped.StepModel` has it: all rounds in one call of generated code where it takes them."""
         sequences = [output.sequence for output in outputs]
-        if rounds == 1 or not self._model.can_draw(sequences):
+        if not self._model.can_draw(sequences):
             draw_by_steps(self, outputs, rounds)
             return
         states = [self._state(output, rounds - 1) for output in outputs]
         owners = tuple((index, output.first_sample) for index, output in enumerate(outputs))
         batch = JobBatch(owners, outputs, states, [None] * len(outputs))
         drawn = self._model.draw(sequences, batch.jobs, rounds)
+        if rounds == 1:
+            drawn = batch.tokens()
         for index, output in enumerate(outputs):
             output.row.token_ids.extend(takewhile(lambda token: token >= 0, drawn[index :: len(outputs)]))
 
@@ -172,10 +174,9 @@ class JobBatch:
                 most = max(most, state.num_top)
         self._memory = array("q", b"".join(templates))
         self._fill(asked, lengths)
-        self._top = np.empty((len(templates), most), np.int32)
-        self._top_logprobs = np.empty((len(templates), most), np.float64)
+        self._top: list[tuple[NDArray[np.int32], NDArray[np.float64]]] = []
         if most:
-            self._give_room_for_top()
+            self._give_room_for_top(len(templates), most)
         self.jobs = Jobs(self._memory, self._memory.buffer_info()[0], len(templates))
 
     def give(self, collected: Sequence[Collected]) -> None:
@@ -185,14 +186,24 @@ class JobBatch:
             finite, token, rank, found, logprob = _FOUND.unpack_from(self._memory, start + _FOUND_AT)
             told: TokenLogprob | None = None
             if finite and self._asked[place][3]:
-                top = zip(
-                    self._top[place, :found].tolist(), self._top_logprobs[place, :found].tolist(), strict=True
-                )
-                told = TokenLogprob(token_id=token, logprob=logprob, rank=rank, top=tuple(top))
+                top: tuple[tuple[int, float], ...] = ()
+                if found:
+                    ids, logprobs = self._top[place]
+                    top = tuple(zip(ids[:found].tolist(), logprobs[:found].tolist(), strict=True))
+                told = TokenLogprob(token_id=token, logprob=logprob, rank=rank, top=top)
             if is_known:
                 collected[index].take_score(bool(finite), told)
             else:
                 collected[index].take_sample(token if finite else None, told)
+
+    def tokens(self) -> list[int]:
+        """The token of each job, -1 where it found none."""
+        size = SAMPLE_JOB.itemsize
+        found = (
+            _FOUND.unpack_from(self._memory, start + _FOUND_AT)
+            for start in range(0, size * self.jobs.length, size)
+        )
+        return [token if finite else -1 for finite, token, *_ in found]
 
     def _fill(self, asked: list[tuple[int, int, int, bool]], lengths: Sequence[int]) -> None:
         """What differs from job to job."""
@@ -202,9 +213,11 @@ class JobBatch:
             _ASKED.pack_into(memory, start + _ASKED_AT, *each)
             start += SAMPLE_JOB.itemsize
 
-    def _give_room_for_top(self) -> None:
+    def _give_room_for_top(self, num_jobs: int, most: int) -> None:
         """Where each job puts the alternatives it was asked for."""
-        for place, (ids, logprobs) in enumerate(zip(self._top, self._top_logprobs, strict=True)):
+        for place in range(num_jobs):
+            ids, logprobs = np.empty(most, np.int32), np.empty(most, np.float64)
+            self._top.append((ids, logprobs))
             start = place * SAMPLE_JOB.itemsize + _TOP_AT
             _TOP.pack_into(self._memory, start, ids.ctypes.data, logprobs.ctypes.data)
 

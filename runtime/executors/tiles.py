@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequencePart:
+class SequencePart(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One sequence's part in a step: what `ir.paged.PagedSequence` is, without torch.
 
     `token_ids` stand at positions `start`, `start + 1`, ...; `block_tables[g][i]` is the page of group g
@@ -51,7 +51,7 @@ def split_tiles(sequences: Sequence[SequencePart], size: int) -> list[list[tuple
                 tiles.append([])
                 free = size
             count = min(free, len(sequence.token_ids) - offset)
-            part = replace(
+            part = msgspec.structs.replace(
                 sequence,
                 start=sequence.start + offset,
                 token_ids=sequence.token_ids[offset : offset + count],

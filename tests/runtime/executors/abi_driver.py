@@ -1,14 +1,15 @@
 """Runs steps of an emitted library through its C ABI, in a process of its own: under sanitizers, or counted.
 
-usage: abi_driver.py FOLDER LIBRARY valid|hostile|allocations STEPS SEED THREADS
+usage: abi_driver.py FOLDER LIBRARY valid|hostile|allocations|forked|engines STEPS SEED THREADS
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import sys
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -104,9 +105,10 @@ class Batches:
         parts = self.parts()
         rounds = int(self.rng.choice([1, 1, 2, 3]))
         if rounds > 1:
-            parts = [replace(part, wanted=[len(part.token_ids) - 1]) for part in parts]
+            parts = [msgspec.structs.replace(part, wanted=[len(part.token_ids) - 1]) for part in parts]
         rows = sum(len(part.wanted) for part in parts)
-        logits = np.zeros((rows, self.vocab), np.float32)
+        self.logits = np.zeros((rows, self.vocab), np.float32)
+        logits = self.logits.ctypes.data
         if rounds > 1:
             return step_inputs(self.layout, parts, logits, self.drawing(rows)), rounds
         return step_inputs(self.layout, parts, logits, self.jobs(rows) if rows else NO_JOBS), 1
@@ -139,9 +141,57 @@ def spoil(rng, arrays):
             target[int(rng.integers(0, len(target)))] = value
 
 
+class Stream:
+    """An engine of its own that runs random steps, the same for the same seed."""
+
+    def __init__(self, folder, library, seed, threads):
+        self.model, layout, unit, vocab = open_model(folder, library, threads)
+        self.batches = Batches(np.random.default_rng(seed), layout, unit, vocab)
+
+    def digest(self, steps):
+        """Of all that the next steps give."""
+        digest = hashlib.sha256()
+        for _ in range(steps):
+            arrays, rounds = self.batches.next()
+            digest.update(self.model._library.step(arrays, rounds).tobytes())
+            digest.update(self.batches.logits.tobytes())
+        return digest.hexdigest()
+
+
+def forked(stream, steps):
+    """Both sides of a fork go on from the same caches: the child without the parent's threads."""
+    before, (reader, writer) = stream.digest(steps), os.pipe()
+    child = os.fork()
+    after = stream.digest(steps)
+    if child == 0:
+        os.write(writer, after.encode())
+        stream.model.close()
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:
+        raise SystemExit("the child did not end well")
+    told = os.read(reader, 1000).decode()
+    stream.model.close()
+    print(before, after, told)
+
+
+def engines(streams, steps):
+    """All at once, each called from a thread of its own; one is closed while others go on."""
+    with ThreadPoolExecutor(len(streams)) as pool:
+        found = list(pool.map(lambda stream: stream.digest(steps), streams))
+        streams.pop(0).model.close()
+        found += pool.map(lambda stream: stream.digest(steps), streams)
+    for stream in streams:
+        stream.model.close()
+    print(*found)
+
+
 def main():
     folder, library, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     steps, seed, threads = (int(text) for text in sys.argv[4:7])
+    if mode == "forked":
+        return forked(Stream(folder, library, seed, threads), steps)
+    if mode == "engines":
+        return engines([Stream(folder, library, seed, 1 + count % threads) for count in range(4)], steps)
     rng = np.random.default_rng(seed)
     model, layout, unit, vocab = open_model(folder, library, threads)
     run = model._library.step
@@ -158,11 +208,11 @@ def main():
             rounds = rounds if rng.random() < 0.7 else int(rng.choice([-1, 0, 2, 5, 400]))
         try:
             digest.update(run(arrays, rounds).tobytes())
-            digest.update(arrays.logits.tobytes())
+            digest.update(batches.logits.tobytes())
         except InternalError:
             refused += 1
     model.close()
-    print(refused, digest.hexdigest())
+    return print(refused, digest.hexdigest())
 
 
 def counted(counter, step, arguments):
