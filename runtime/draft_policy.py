@@ -8,11 +8,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .pace import Pace
+
 # Drafting must promise this much more speed than plain decoding, since the promise is an estimate.
 MARGIN = 1.03
 # Where it does not pay by what was accepted so far, it is tried again after so many steps; each time that it
 # still does not, after twice as many, up to the second number.
 PROBE_STEPS, MOST_PROBE_STEPS = 100, 1600
+# Steps of one trial. In the first a draft model catches up: it says nothing of what drafting costs.
+PROBE_RUN = 3
+# So often a step goes without drafts while they pay, to see what plain steps take by now.
+PLAIN_EVERY = 64
+# Decisions change when what drafted steps take does by more than this.
+_NOTABLE = 0.02
 # What is believed of the first drafts, as so many of them at this share; and how slowly it is forgotten.
 _PRIOR_SHARE, _PRIOR_WEIGHT = 0.7, 8.0
 _MEMORY = 256.0
@@ -90,7 +98,11 @@ class Acceptance:
 
 
 class DraftPolicy:
-    """Decides how many tokens to draft, step by step. Without `costs` it is always as many as allowed."""
+    """Decides how many tokens to draft, step by step. Without `costs` it is always as many as allowed.
+
+    `costs` were measured before the first step. What steps take since then corrects them: drafted ones
+    against plain ones of about as many requests, so that what slows down both changes nothing.
+    """
 
     def __init__(self, most: int, costs: SpeculationCosts | None = None) -> None:
         self.most = most
@@ -102,7 +114,13 @@ class DraftPolicy:
         self._answers: dict[int, int] = {}  # of `_best` for as long as nothing more is observed
         self._answered_at = 0
         self._steps_without = 0
+        self._steps_with = 0
         self._probe_steps = PROBE_STEPS
+        self._probe_left = 0
+        self._was_drafted = False
+        self._plain: dict[int, Pace] = {}  # by the size of the number of requests
+        self._drafted: dict[int, Pace] = {}
+        self._told: dict[int, float] = {}  # of `_drafted`, what decisions are made by
 
     def can_pay(self, num_requests: int, is_free: bool) -> bool:
         """Whether drafting for all or some of `num_requests` requests would pay if every draft were accepted.
@@ -114,7 +132,9 @@ class DraftPolicy:
         if found is None:
             certain = [float(count) for count in range(self.most + 1)]
             some = [(self.most,) * count for count in range(1, num_requests + 1)] if is_free else [None]
-            found = self._hopes[key] = any(self._best(num_requests, each, certain) for each in some)
+            found = self._hopes[key] = any(
+                self._best(num_requests, each, certain, hopes=True) for each in some
+            )
         return found
 
     def choose(self, num_requests: int, lengths: Sequence[int] | None = None) -> int:
@@ -128,15 +148,43 @@ class DraftPolicy:
             return self.most
         best = self._expected_best(num_requests, lengths)
         if best:
-            self._steps_without, self._probe_steps = 0, PROBE_STEPS
-            return best
+            self._steps_without, self._probe_steps, self._probe_left = 0, PROBE_STEPS, 0
+            self._steps_with = (self._steps_with + 1) % PLAIN_EVERY
+            return best if self._steps_with else 0
         self.skip()
-        if self._steps_without < self._probe_steps:
-            return 0
-        self._steps_without, self._probe_steps = 0, min(2 * self._probe_steps, MOST_PROBE_STEPS)
-        certain = [float(count) for count in range(self.most + 1)]
-        self.is_probe = self._best(num_requests, lengths, certain) > 0
+        if self._steps_without >= self._probe_steps:
+            self._steps_without, self._probe_steps = 0, min(2 * self._probe_steps, MOST_PROBE_STEPS)
+            certain = [float(count) for count in range(self.most + 1)]
+            hopes = self._best(num_requests, lengths, certain, hopes=True)
+            self._probe_left = PROBE_RUN if hopes else 0
+        self.is_probe = self._probe_left > 0
+        self._probe_left = max(0, self._probe_left - 1)
         return int(self.is_probe)
+
+    def observe_step(
+        self, num_requests: int, num_tokens: int, num_asked: int, num_drawn: int, seconds: float
+    ) -> None:
+        """A step of `num_requests` requests with `num_tokens` tokens, drafts included, took `seconds`; before
+        it, `num_drawn` tokens were drafted for each of `num_asked` requests."""
+        is_drafted = num_tokens > num_requests
+        goes_on = is_drafted == self._was_drafted
+        self._was_drafted = is_drafted
+        if self._costs is None or seconds <= 0 or (is_drafted and not goes_on):
+            return
+        expected_s = self._costs.step_s(num_requests, num_tokens) + self._costs.draft_s(num_asked, num_drawn)
+        size = num_requests.bit_length()
+        plain = self._plain.setdefault(size, Pace())
+        if not is_drafted:
+            if expected_s > 0 and not num_drawn:
+                plain.observe(seconds / expected_s)
+            return
+        drafted = self._drafted.setdefault(size, Pace())
+        if expected_s > 0:
+            drafted.observe(seconds / (expected_s * plain.factor))
+        if abs(drafted.factor / self._told.get(size, 1.0) - 1) > _NOTABLE:
+            self._told[size] = drafted.factor
+            self._answers.clear()
+            self._hopes.clear()
 
     def skip(self) -> None:
         """A step passed without drafts."""
@@ -155,7 +203,18 @@ class DraftPolicy:
             self._answers[num_requests] = best
         return best
 
-    def _best(self, num_requests: int, lengths: Sequence[int] | None, expected: Sequence[float]) -> int:
+    def _best(
+        self,
+        num_requests: int,
+        lengths: Sequence[int] | None,
+        expected: Sequence[float],
+        *,
+        hopes: bool = False,
+    ) -> int:
+        """The number of drafts that promises most. Who `hopes` believes the table where steps took longer."""
+        slower = self._told.get(num_requests.bit_length(), 1.0)
+        if hopes:
+            slower = min(1.0, slower)
         plain_s = self._step_s(num_requests, num_requests, 0)
         best, best_rate = 0, MARGIN * num_requests / plain_s if plain_s > 0 else 0.0
         at_hand = Counter(lengths or ())
@@ -166,7 +225,7 @@ class DraftPolicy:
                 num_drafted = sum(times * min(count, length) for length, times in at_hand.items())
                 num_expected = sum(times * expected[min(count, length)] for length, times in at_hand.items())
             seconds = self._step_s(num_requests, num_requests + num_drafted, count if lengths is None else 0)
-            rate = (num_requests + num_expected) / max(seconds, 1e-12)
+            rate = (num_requests + num_expected) / max(seconds * slower, 1e-12)
             if rate > best_rate:
                 best, best_rate = count, rate
         return best

@@ -115,6 +115,11 @@ class Engine:
         self.stats = EngineStats()
 
     @property
+    def executor(self) -> Executor:
+        """What runs its steps."""
+        return self._executor
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
@@ -169,10 +174,14 @@ class Engine:
         """Keeps the executor busy, waits for one step, and returns what there is to tell."""
         self._expire()
         before = self._epoch
+        started_s = self._clock() if self._speculator is not None and not self._in_flight else None
         while len(self._in_flight) < self._max_in_flight and self._launch():
             pass
         if self._in_flight:
+            chunks, is_alone = self._in_flight[0].chunks, len(self._in_flight) == 1
             self._collect()
+            if started_s is not None and is_alone and self._speculator is not None:
+                self._speculator.observe_step(chunks, self._clock() - started_s)
         elif not self._outputs and self._epoch == before and (self._waiting or self._running):
             raise InternalError(
                 "runtime.stuck",

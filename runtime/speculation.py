@@ -11,6 +11,7 @@ from .config import RuntimeConfig
 from .draft_policy import DraftPolicy, SpeculationCosts
 from .protocol import Executor
 from .request import RunningRequest
+from .scheduler import Chunk
 
 # Steps between two looks for drafts of which none was worth its time.
 MOST_REST = 15
@@ -135,20 +136,25 @@ class Speculator:
     def __init__(self, proposer: Proposer, policy: DraftPolicy) -> None:
         self._proposer = proposer
         self._policy = policy
+        self._asked = 0, 0  # requests that were drafted for last, and tokens drawn for each
         self._num_resting = 0  # steps that are still to pass before drafts are looked for
         self._rest = 0
 
     def propose(self, requests: Sequence[RunningRequest]) -> dict[RunningRequest, tuple[int, ...]]:
         """Drafts behind the tokens of some of `requests`, each of which has one token to compute."""
         proposer, policy = self._proposer, self._policy
+        self._asked = 0, 0
         if not requests or not policy.can_pay(len(requests), proposer.is_free):
             return {}
         if proposer.is_free:
             return self._propose_free(requests)
         count = policy.choose(len(requests))
+        if not count:
+            return {}
         if policy.is_probe:
-            requests = requests[-1:]
-        return _usable(proposer.propose(requests, count)) if count else {}
+            requests = [min(requests, key=lambda request: len(request.token_ids))]
+        self._asked = len(requests), count
+        return _usable(proposer.propose(requests, count))
 
     def _propose_free(self, requests: Sequence[RunningRequest]) -> dict[RunningRequest, tuple[int, ...]]:
         """Drafts that were worth nothing are looked for more and more rarely: looking takes time, too."""
@@ -170,6 +176,15 @@ class Speculator:
     def observe(self, num_drafted: int, num_accepted: int, times: int) -> None:
         """Of `num_drafted` drafts the first `num_accepted` were accepted, in `times` requests."""
         self._policy.acceptance.observe(num_drafted, num_accepted, times)
+
+    def observe_step(self, chunks: Sequence[Chunk], seconds: float) -> None:
+        """A step of `chunks`, drafting included, took `seconds`. Prompts say nothing of what drafts cost."""
+        num_tokens = 0
+        for _, _, num_new, draft_ids, samples in chunks:
+            if num_new != 1 or not samples:
+                return
+            num_tokens += 1 + len(draft_ids)
+        self._policy.observe_step(len(chunks), num_tokens, *self._asked, seconds)
 
     def forget(self, request_id: int) -> None:
         """The request ended or lost its row."""
