@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import subprocess
 import sys
 import threading
@@ -166,15 +167,25 @@ def test_abort_by_name_and_by_leaving(make):
         assert llm.engine.blocks.used() == [0]
 
 
-def test_one_name_for_two_living_requests_is_refused(llm):
+def test_one_name_for_two_living_requests_is_refused(make):
+    refused, steps = threading.Event(), itertools.count()
+
+    def wait_for_commands(plan):
+        """Behind the first tokens the engine goes on only where it is asked for something."""
+        if next(steps) >= 2:
+            while not (refused.is_set() or llm._loop._commands.qsize()):
+                time.sleep(0.001)
+
     async def run():
         stream = llm.stream("hello", SamplingParams(ignore_eos=True), request_id="mine")
         await anext(stream)
         with pytest.raises(RequestError, match="'mine' is running"):
             await anext(llm.stream("hello", GREEDY, request_id="mine"))
+        refused.set()
         await stream.aclose()
 
-    asyncio.run(run())
+    with make(Faults(on_collect=wait_for_commands)) as llm:
+        asyncio.run(run())
 
 
 def test_threads_share_one_model(llm):
@@ -289,12 +300,17 @@ def test_lower_priority_numbers_run_first(make):
         blocker = llm.stream("first", SamplingParams(max_tokens=100, ignore_eos=True))
         await anext(blocker)
         tasks = [asyncio.create_task(one(llm, priority)) for priority in (3, 1, 2)]
+        while llm._loop._commands.qsize() < len(tasks):
+            await asyncio.sleep(0.001)
+        all_asked.set()
         async for _ in blocker:
             pass
         await asyncio.gather(*tasks)
 
-    slow = Faults(on_collect=lambda plan: time.sleep(0.002))
-    with make(slow, RuntimeConfig(max_requests=1, order="priority")) as llm:
+    # The engine stands still behind the blocker's first tokens until all others wait for it.
+    all_asked, steps = threading.Event(), itertools.count()
+    held = Faults(on_collect=lambda plan: next(steps) < 2 or all_asked.wait(30))
+    with make(held, RuntimeConfig(max_requests=1, order="priority")) as llm:
         asyncio.run(run(llm))
     assert order == [1, 2, 3]
 

