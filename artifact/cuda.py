@@ -19,7 +19,8 @@ class CudaKernel:
     asks for, `name` the function in `file`, which is a cubin. `parameters` are name and type (`*bf16`, `i32`,
     `fp32`) of what a launch passes, in order; two null pointers follow. A block has `32 * warps` threads;
     pointers are multiples of 16 bytes. `ptx` is a file that the driver of a GPU of another architecture can
-    compile, empty when there is none.
+    compile, empty when there is none. With `overlaps` it waits for the launches before it by itself, and
+    may begin before they have ended.
     """
 
     key: str
@@ -33,6 +34,7 @@ class CudaKernel:
     stack_bytes: int
     toolkit: str
     ptx: str = ""
+    overlaps: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +65,28 @@ class ArenaPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TunedProduct:
+    """What was measured to be fastest for a class of products (`kernels.cuda.variants`): columns of the
+    weight and warps of a program, and loads ahead."""
+
+    product: str
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CudaUnit:
     """All kernels of an artifact, for every architecture, the weights that they read in a form of their own,
-    and the memory of captured steps, fewest rows first."""
+    and the memory of captured steps, fewest rows first. `tuned` are the choices that differ from the shipped
+    ones, measured on `tuned_on`."""
 
     triton: str
     kernels: tuple[CudaKernel, ...]
     words: tuple[WordWeight, ...]
     arenas: tuple[ArenaPlan, ...] = ()
+    tuned: tuple[TunedProduct, ...] = ()
+    tuned_on: str = ""
 
     @property
     def architectures(self) -> tuple[str, ...]:

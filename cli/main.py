@@ -23,6 +23,7 @@ from .inspect import inspect
 from .models import models
 from .passes import passes
 from .recipe import recipe
+from .retarget import retarget
 from .serve import serve
 from .targets import targets
 from .verify import verify
@@ -72,6 +73,7 @@ _COMMANDS = (
     verify,
     inspect,
     export,
+    retarget,
     passes,
     recipe,
     targets,

@@ -50,7 +50,6 @@ class CapturePlan:
     """
 
     decode_rows: tuple[int, ...]
-    prefill_tokens: tuple[int, ...] = ()
     at_load: tuple[int, ...] = ()
     num_launches: int = 0
     seconds: float = 0.0

@@ -45,6 +45,7 @@ class CompiledOnDemand:
         self._kernel_type = CudaKernel
         self._functions: dict = {}
         self.machines: dict[str, Machine] = {}
+        # Whether kernels that can may begin before the launch ahead of them has ended.
         self.overlaps = False
 
     def __call__(self, launch: Launch) -> None:
@@ -56,7 +57,9 @@ class CompiledOnDemand:
         values = [
             self._parameter(name, kind, launch.values[name]) for name, kind in specialisation.parameters
         ]
-        self.driver.launch(self._functions[specialisation], launch.grid, self.stream(), values)
+        overlaps = self.overlaps and self.machines[specialisation.key].overlaps
+        function = self._functions[specialisation]
+        self.driver.launch(function, launch.grid, self.stream(), values, overlaps=overlaps)
 
     def prepare(self, specialisations: Sequence[Specialisation]) -> None:
         """Compile what is not there yet, over all cores, before anything is measured."""

@@ -21,7 +21,7 @@ from llmc.runtime.executors.cuda_executor import CudaExecutor
 from llmc.runtime.executors.cuda_model import CudaModel
 from llmc.runtime.executors.stepped import SteppedExecutor
 from llmc.runtime.protocol import ExecutorCaps, RowDiff, SamplingState
-from llmc.runtime.request import Request
+from llmc.runtime.request import FinishReason, Request
 
 SAMPLINGS = (
     SamplingState(),
@@ -109,6 +109,8 @@ def generated(
     while engine.has_work():
         for output in engine.step():
             tokens[output.request_id] += output.token_ids
+            if output.finished is not None and output.finished.reason is not FinishReason.LENGTH:
+                raise AssertionError(f"request {output.request_id} ended: {output.finished}")
         ends.append(time.perf_counter())
     executor.apply(RowDiff(leave=tuple(range(config.max_requests))))
     return tokens, [later - sooner for sooner, later in pairwise(ends)]

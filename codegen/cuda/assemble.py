@@ -25,7 +25,8 @@ from ..base import RecallBytes, compute_bytes
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """A compiled specialisation. `stack_bytes` above 0 means that registers spill; `ptx` is what a newer
-    GPU's driver can compile again, `toolkit` the version of CUDA whose assembler was used."""
+    GPU's driver can compile again, `toolkit` the version of CUDA whose assembler was used; with `overlaps` it
+    may be launched to begin before the launch ahead of it has ended."""
 
     cubin: bytes
     ptx: bytes
@@ -35,6 +36,7 @@ class Machine:
     registers: int
     stack_bytes: int
     toolkit: str
+    overlaps: bool = False
 
 
 def require_triton() -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
-from ...artifact.cuda import CUDA_UNIT, CudaKernel, CudaUnit, decode_unit, encode_unit
+from ...artifact.cuda import (
+    CUDA_UNIT,
+    CudaKernel,
+    CudaUnit,
+    TunedProduct,
+    WordWeight,
+    decode_unit,
+    encode_unit,
+)
 from ...artifact.reader import Artifact
 from ...artifact.writer import ArtifactWriter
 from ...ir.program import Program
@@ -15,7 +23,7 @@ from ...spec.target import Target
 from ..base import RecallBytes, compute_bytes
 from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
 from .assemble import Machine, assemble, require_triton
-from .dry_walk import needs_of
+from .dry_walk import Needs, needs_of
 from .words import CodesOfWords, stored_weights, word_weights
 
 # Programs, cubins, headers, tokenizer and manifest.
@@ -57,15 +65,8 @@ class Backend:
         words = word_weights(program)
         stored = stored_weights({name: shared[name] for name in shared}, words)
         read = stored | {word.codes: stored[word.stored] for word in words}
-        needs = needs_of(program, read)
-        wanted = [(each, name) for name in self._architectures for each in needs.kernels]
-        kernels = [
-            _write_kernel(each, name, machine, writer)
-            for (each, name), machine in zip(wanted, assemble(wanted, cache), strict=True)
-        ]
+        write_kernels(needs_of(program, read), self._architectures, words, writer, cache)
         write_programs(program, portable, writer)
-        unit = CudaUnit(triton=version("triton"), kernels=tuple(kernels), words=words, arenas=needs.arenas)
-        writer.write_bytes(CUDA_UNIT, "kernel", encode_unit(unit))
         write_weights(WeightStore(stored, shared.ties, shared.reader), writer, progress=progress)
 
     def stored_weights(self, artifact: Artifact) -> Mapping[str, Expr]:
@@ -74,6 +75,33 @@ class Backend:
         for word in decode_unit(artifact.read_bytes(CUDA_UNIT)).words:
             stored[word.codes] = CodesOfWords(stored[word.stored], word.shape)
         return stored
+
+
+def write_kernels(
+    needs: Needs,
+    architectures: Sequence[str],
+    words: tuple[WordWeight, ...],
+    writer: ArtifactWriter,
+    cache: RecallBytes = compute_bytes,
+    tuned: tuple[TunedProduct, ...] = (),
+    tuned_on: str = "",
+) -> CudaUnit:
+    """Compile and write every kernel for every architecture, and what describes them."""
+    wanted = [(each, name) for name in architectures for each in needs.kernels]
+    kernels = [
+        _write_kernel(each, name, machine, writer)
+        for (each, name), machine in zip(wanted, assemble(wanted, cache), strict=True)
+    ]
+    unit = CudaUnit(
+        triton=version("triton"),
+        kernels=tuple(kernels),
+        words=words,
+        arenas=needs.arenas,
+        tuned=tuned,
+        tuned_on=tuned_on,
+    )
+    writer.write_bytes(CUDA_UNIT, "kernel", encode_unit(unit))
+    return unit
 
 
 def _write_kernel(
@@ -96,4 +124,5 @@ def _write_kernel(
         stack_bytes=machine.stack_bytes,
         toolkit=machine.toolkit,
         ptx=ptx,
+        overlaps=machine.overlaps,
     )

@@ -18,11 +18,12 @@ from ...kernels.cuda.launch import Launch, Specialisation
 from ...kernels.cuda.operators import CudaOperators
 from ...kernels.cuda.sampler import DeviceSampler, Samples, make_space, make_tables
 from ...kernels.cuda.substitution import substitute
+from ...kernels.cuda.variants import Variant
 from .arena_plan import ArenaWalk
 
 # Rows of a product fall into these classes (see `kernels.cuda.products`); of a single row torch gives other
 # strides, which kernels are specialised by.
-ROW_CLASSES = (1, 16, 32, 64, 128)
+ROW_CLASSES = (1, 8, 16, 32, 64, 128)
 
 
 @dataclass(slots=True)
@@ -44,35 +45,41 @@ class Needs:
     arenas: tuple[ArenaPlan, ...]
 
 
-def needs_of(program: Program, weights: Mapping[str, Any]) -> Needs:
+def needs_of(
+    program: Program, weights: Mapping[str, Any], variants: Mapping[str, Variant] | None = None
+) -> Needs:
     """What a final `program` needs of kernels and of memory.
 
-    `weights` gives shape and dtype of each stored weight by the name that the program reads.
+    `weights` gives shape and dtype of each stored weight by the name that the program reads; `variants` are
+    those of products that the shipped ones are not wanted for.
     """
-    recorder = Recorder()
-    graph = substitute(program.graph, CudaOperators(recorder))
+    recorder, variants = Recorder(), variants or {}
+    graph = substitute(program.graph, CudaOperators(recorder, variants=variants))
     for rows in ROW_CLASSES:
         for sequences in (rows, 1):
             sizes = {"T": rows, "S": sequences, "Q": sequences + 1, "L": rows}
-            _walk(program, graph, weights, sizes, lambda logits: _sample(recorder, logits))
+            walk(program, graph, weights, sizes, lambda logits: _sample(recorder, logits))
     assert program.cache is not None
     for group in program.cache.groups:
         _open(recorder, group.page_tokens)
-    return Needs(list(recorder.found.values()), _arenas(program, weights))
+    return Needs(list(recorder.found.values()), _arenas(program, weights, variants))
 
 
-def _arenas(program: Program, weights: Mapping[str, Any]) -> tuple[ArenaPlan, ...]:
+def _arenas(
+    program: Program, weights: Mapping[str, Any], variants: Mapping[str, Variant]
+) -> tuple[ArenaPlan, ...]:
     """A plan for every batch size that is captured, with block tables of the longest sequences."""
     assert program.cache is not None
     plans: list[ArenaPlan] = []
     for rows in program.capture.decode_rows if program.capture is not None else ():
-        walk = ArenaWalk()
-        graph = substitute(program.graph, CudaOperators(Recorder(), walk.empty))
+        arena = ArenaWalk()
+        operators = CudaOperators(Recorder(), arena.empty, variants=variants)
+        graph = substitute(program.graph, operators)
         sizes = {"T": rows, "S": rows, "Q": rows + 1, "L": rows}
         for index, group in enumerate(program.cache.groups):
             sizes[f"B{index}"] = group.pages_for(program.spec.max_context)
-        _walk(program, graph, weights, sizes, lambda logits: None)
-        plans.append(ArenaPlan(rows=rows, offsets=walk.offsets(), num_bytes=walk.bytes))
+        walk(program, graph, weights, sizes, lambda logits: None)
+        plans.append(ArenaPlan(rows=rows, offsets=arena.offsets(), num_bytes=arena.bytes))
     return tuple(plans)
 
 
@@ -103,14 +110,16 @@ def _fake(shape: tuple[int, ...], dtype: str) -> Tensor:
     return torch.empty(shape, dtype=getattr(torch, dtype))
 
 
-def _walk(
+def walk(
     program: Program,
     graph: fx.Graph,
     weights: Mapping[str, Any],
     sizes: dict[str, int],
     see: Callable[[Tensor], None],
+    see_weight: Callable[[str, Tensor], None] | None = None,
 ) -> None:
-    """Interpret `graph` on tensors without data; `see` gets the logits."""
+    """Interpret `graph` on tensors without data; `see` gets the logits, `see_weight` every weight with its
+    name."""
     with FakeTensorMode():
 
         def fake(shape: tuple[int | str, ...], dtype: torch.dtype) -> Tensor:
@@ -120,6 +129,9 @@ def _walk(
         inputs = {each.name: fake(each.shape, getattr(torch, each.dtype)) for each in program.inputs}
 
         def weight(name: str) -> Tensor:
-            return fake(tuple(weights[name].shape), weights[name].dtype)
+            tensor = fake(tuple(weights[name].shape), weights[name].dtype)
+            if see_weight is not None:
+                see_weight(name, tensor)
+            return tensor
 
         see(interpret(graph, inputs, weight))

@@ -20,10 +20,14 @@ from ...spec.errors import InternalError
 from .assemble import Machine
 from .cubin import check_parameters
 
+# The parameter of kernels that can begin early: the architecture's, not a specialisation's.
+_OVERLAP = "PDL"
+
 
 def compile_one(wanted: tuple[Specialisation, str]) -> Machine:
     """Machine code of a specialisation for an architecture, its parameters checked."""
     specialisation, architecture = wanted
+    overlaps = _can_overlap(kernel_function(specialisation.kernel), architecture)
     compiled = _compile(specialisation, architecture)
     cubin = compiled.asm["cubin"]
     metadata = compiled.metadata
@@ -38,7 +42,13 @@ def compile_one(wanted: tuple[Specialisation, str]) -> Machine:
         registers=registers,
         stack_bytes=stack_bytes,
         toolkit=get_ptxas(int(architecture.removeprefix("sm_"))).version,
+        overlaps=overlaps,
     )
+
+
+def _can_overlap(function: triton.JITFunction, architecture: str) -> bool:
+    """Whether a launch of it may begin before the one ahead has ended: it waits, and the hardware can."""
+    return _OVERLAP in function.arg_names and int(architecture.removeprefix("sm_")) >= 90
 
 
 def _compile(specialisation: Specialisation, architecture: str) -> triton.compiler.CompiledKernel:
@@ -47,6 +57,8 @@ def _compile(specialisation: Specialisation, architecture: str) -> triton.compil
     constants = dict(specialisation.constants) | {
         name: None for name, kind in types.items() if kind == "none"
     }
+    if _OVERLAP in function.arg_names:
+        constants[_OVERLAP] = _can_overlap(function, architecture)
     signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
     aligned = [["tt.divisibility", 16]]
     hints = {(i,): aligned for i, name in enumerate(function.arg_names) if signature[name].startswith("*")}

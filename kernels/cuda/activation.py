@@ -7,6 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .overlap import NOT_EARLY, follow
+
 
 @triton.jit
 def tanh(x):
@@ -46,11 +48,13 @@ def gated_activation(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr = NOT_EARLY,
 ):
     """`activation(gate) * up` of rows `[WIDTH]`, both steps rounded to the dtype of `gate` and `out`.
 
     Grid (rows, ceil(WIDTH / BLOCK)). Strides are in elements between rows; `out` is dense.
     """
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .overlap import NOT_EARLY, follow
 from .recurrence import (
     attend_split,
     first_visible,
@@ -128,12 +129,14 @@ def decode_splits(
     CHUNK: tl.constexpr,
     CAPPED: tl.constexpr,
     CODES: tl.constexpr,
+    PDL: tl.constexpr = NOT_EARLY,
 ):
     """States of all splits of a step that has one token a sequence. Grid (tokens, KV_HEADS, splits).
 
     Writes float32 `state[T, HEADS, splits, 2]` and `acc[T, HEADS, splits, V]`; a split without a visible key
     has top -inf, total 0. `merge_splits` finishes.
     """
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -176,9 +179,11 @@ def merge_splits(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    PDL: tl.constexpr = NOT_EARLY,
 ):
     """Attention from the states of `decode_splits`, merged as `paged_attention` merges. Grid (tokens,
     KV_HEADS)."""
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     shared: tl.constexpr = HEADS // KV_HEADS

@@ -145,4 +145,4 @@ def _tile_rows(tokens: int, experts: int) -> int:
 
 def _tile(routing: Routing, n: int, rows: int) -> Tile:
     tiles = routing.experts.shape[0]
-    return Tile((blocks(n, 64), tiles), {"BM": rows, "BN": 64}, 4, 4 if rows < 64 else 3)
+    return Tile((blocks(n, 64), tiles, 1), {"BM": rows, "BN": 64}, 4, 4 if rows < 64 else 3)

@@ -7,6 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .overlap import NOT_EARLY, follow
+from .tiles import inverse_rms, weighed
+
 
 @triton.jit
 def normalize(
@@ -27,12 +30,14 @@ def normalize(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CAST_FIRST: tl.constexpr,
+    PDL: tl.constexpr = NOT_EARLY,
 ):
     """`llmc.rms_norm`, `llmc.layer_norm` (`CENTRED`) and their `add_` forms (`ADDS`) of rows `[WIDTH]`.
 
     Grid (rows,). Strides are in elements between rows; `out` and `total` are dense. Statistics are float32.
     `CAST_FIRST` is style `cast_then_scale`.
     """
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -59,3 +64,29 @@ def normalize(
             wide = wide.to(element).to(tl.float32)
         wide = wide + bias
     tl.store(out_ptr + row * WIDTH + column, wide.to(element), mask=inside)
+
+
+@triton.jit
+def weigh_rows(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    scales_ptr,
+    eps,
+    offset,
+    x_stride: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr = NOT_EARLY,
+):
+    """An RMS norm in two factors, for products that multiply their sums by one of them: `out = x * (weight +
+    offset)` `[rows, WIDTH]` in x's dtype, and float32 `scales[rows]`. Grid (rows,)."""
+    follow(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    source = x_ptr + row * x_stride
+    tl.store(scales_ptr + row, inverse_rms(source, eps, WIDTH))
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    x = tl.load(source + column, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    tl.store(out_ptr + row * WIDTH + column, weighed(x, weight, offset), mask=inside)

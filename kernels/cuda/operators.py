@@ -7,13 +7,13 @@ batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...spec.quant import parse_scheme
 from .launch import blocks, launch_of, power_of_two, row_stride
 from .mixtures import CudaMixtures
-from .products import expect_scheme, float32_of, group_of, uint8_of
+from .products import Around, Norm, expect_scheme, float32_of, group_of, uint8_of
 
 LOG2_E = 1.4426950408889634
 # Keys of one step of the recurrence, and of one split of a long context: absolute, never the batch's.
@@ -25,6 +25,29 @@ _SEARCH_STEPS = 16
 @dataclass(frozen=True, slots=True)
 class CudaOperators(CudaMixtures):
     """Operators named and called like those of `ir.ops`, products and mixtures among them."""
+
+    def product(
+        self, x: Any, weight: tuple[Any, ...], norm: tuple[Any, ...] | None, gate: str, residual: Any
+    ) -> Any:
+        """`llmc.linear` or `llmc.quantized_linear` with arguments `weight` behind x, of
+        `llmc.rms_norm(x, *norm)`, then `llmc.gated_activation_packed` by `gate` or the sum with `residual`.
+
+        The norm's two roundings are one. Where dtypes differ, operators stay apart: that depends on the layer
+        alone.
+        """
+        around = Around(gate=gate)
+        if norm is not None:
+            factor, eps, offset, style = norm
+            if factor.dtype == x.dtype or style == "scale_then_cast":
+                around = replace(around, norm=Norm(factor, eps, offset))
+            else:
+                x = self.rms_norm(x, *norm)
+        adds = residual is not None and residual.dtype == x.dtype
+        if adds:
+            around = replace(around, residual=residual)
+        multiply = self.linear if len(weight) == 2 else self.quantized_linear
+        y = multiply(x, *weight, around=around)
+        return y if adds or residual is None else y + residual
 
     def embedding(self, ids: Any, weight: Any) -> Any:
         """`llmc.embedding`."""

@@ -3,13 +3,14 @@ layer alone: no row's bits depend on its batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...spec.errors import TargetError
 from ...spec.quant import QuantScheme, parse_activation, parse_scheme
 from .launch import Launcher, blocks, launch_of, power_of_two, row_stride
+from .variants import Variant, num_parts, product_class, shipped
 
 # (a tensor, shape, dtype or None) -> a tensor.
 Empty = Callable[[Any, tuple[int, ...], Any], Any]
@@ -36,10 +37,36 @@ class Routing:
         return {"experts_ptr": self.experts, "pairs_ptr": self.pairs}
 
 
-# Columns that keep a GPU busy with 128 of them a program.
-_WIDE = 16384
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm of a product's rows: its weight `[K]`, and what is added to that and to the mean square."""
+
+    weight: Any
+    eps: float
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a product does beside multiplying: the norm of its rows before, and behind it the gating of the
+    first half of its columns by an activation of the second's, and the addition of a residual of its result's
+    shape."""
+
+    norm: Norm | None = None
+    gate: str = ""
+    residual: Any = None
+
+
+ALONE = Around()
+# Rows up to which parts are programs of their own, and a norm is each program's own: in both ways the same
+# bits, and with more rows more work than they save.
+_APART_ROWS, _NORM_ROWS = 64, 8
+
+# Tiles that a product summed in parts may have.
+ARRIVALS = 256
 
 ALL_ROWS = Routing(None, None, 0)
+DENSE, WORDS, BYTES = "linear.linear", "linear.linear_words", "linear_bytes.linear_bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +74,23 @@ class CudaProducts:
     """Products named and called like those of `ir.ops`, results in new tensors of the inputs' device.
 
     `empty(like, shape, dtype)` makes every tensor that an operator keeps or works in: on the device of
-    `like`, and of its dtype where none is given.
+    `like`, and of its dtype where none is given. `arrived` are zeros, int32, one for each tile of a product
+    that is summed in parts; each product leaves them so. Without them each makes its own. `variants` are
+    choices by class of product, where the shipped ones are not wanted.
     """
 
     launch: Launcher
     empty: Empty = _new_empty
+    arrived: Any = None
+    variants: Mapping[str, Variant] = field(default_factory=dict[str, Variant])
 
-    def linear(self, x: Any, weight: Any, bias: Any) -> Any:
+    def linear(self, x: Any, weight: Any, bias: Any, around: Around = ALONE) -> Any:
         """`llmc.linear`."""
         rows = self._rows(x)
-        n = weight.shape[0]
-        y = self.empty(x, (*x.shape[:-1], n), None)
-        self._dense(rows, weight, bias, y, _tile(rows.shape[0], n), ALL_ROWS)
+        n, k = weight.shape
+        y = self._result(x, n, around)
+        tile = self._tile(DENSE, rows.shape[0], n, k)
+        self._dense(rows, weight, bias, y, tile, ALL_ROWS, around, num_parts(DENSE, n, k))
         return y
 
     def quantized_linear(
@@ -71,28 +103,55 @@ class CudaProducts:
         scheme: str,
         activation: str = "",
         activation_scale: Any = None,
+        around: Around = ALONE,
     ) -> Any:
         """`llmc.quantized_linear`, codes of fewer than 8 bits in words. Raises TargetError for a scheme or
         activation without a kernel."""
         rows = self._rows(x)
-        n = scales.shape[0]
-        expect_scheme(scheme, group_of(parse_scheme(scheme), x.shape[-1]), activation)
-        y = self.empty(x, (*x.shape[:-1], n), None)
-        tile = _tile(rows.shape[0], n, wide=parse_scheme(scheme).bits < 8 and n >= _WIDE)
+        n, k = scales.shape[0], x.shape[-1]
+        expect_scheme(scheme, group_of(parse_scheme(scheme), k), activation)
+        y = self._result(x, n, around)
+        kernel = coded_kernel(scheme)
+        tile, parts = self._tile(kernel, rows.shape[0], n, k), num_parts(kernel, n, k)
+        row_scales = None
         if activation:
-            self._rounded(rows, (codes, scales, bias, y), scheme, activation, activation_scale, tile)
-        else:
-            self._coded(rows, (codes, scales, zeros), bias, y, scheme, tile, ALL_ROWS)
+            rows, row_scales = self._rounded(rows, activation, activation_scale, around.norm)
+            around = replace(around, norm=None)
+        weight = (codes, scales, zeros)
+        self._coded(rows, weight, bias, y, scheme, tile, ALL_ROWS, around, parts, activation, row_scales)
         return y
 
-    def _dense(self, rows: Any, weight: Any, bias: Any, y: Any, tile: Tile, routing: Routing) -> None:
+    def _tile(self, kernel: str, m: int, n: int, k: int) -> Tile:
+        """Blocks of a product of m rows."""
+        rows = rows_of_program(m)
+        variant = self.variants.get(product_class(kernel, n, k, rows)) or shipped(kernel, n, k, rows)
+        grid = (blocks(n, variant.columns), blocks(m, rows), 1)
+        return Tile(grid, {"BM": rows, "BN": variant.columns}, variant.warps, variant.stages)
+
+    def _result(self, x: Any, n: int, around: Around) -> Any:
+        return self.empty(x, (*x.shape[:-1], n // 2 if around.gate else n), None)
+
+    def _dense(
+        self,
+        rows: Any,
+        weight: Any,
+        bias: Any,
+        y: Any,
+        tile: Tile,
+        routing: Routing,
+        around: Around = ALONE,
+        parts: int = 1,
+    ) -> None:
         """`rows[M, K] @ weight[N, K].T`, or by each tile's expert of `weight[E, N, K]`."""
         n, k = weight.shape[-2:]
-        values = {"x_ptr": rows, "weight_ptr": weight, "bias_ptr": bias, "y_ptr": y} | routing.values
-        values["M"] = y.numel() // n
+        rows, row_scales, norm = self._normed(rows, around.norm)
+        tile = tile.split(parts)
+        values = {"x_ptr": rows, "weight_ptr": weight, "bias_ptr": bias, "y_ptr": y}
+        values |= self._around(rows, row_scales, norm, around, tile, parts, routing, y)
         constants = {"x_stride": row_stride(rows), "N": n, "K": k, **tile.constants, "BK": _depth(k)}
         constants |= {"HAS_BIAS": bias is not None, "SHARED": routing.shared}
-        self._matrix("linear.linear", tile, values, constants)
+        constants |= _forms(rows, norm, row_scales, around, tile, parts)
+        self._matrix(DENSE, tile, values, constants)
 
     def _coded(
         self,
@@ -103,59 +162,99 @@ class CudaProducts:
         scheme: str,
         tile: Tile,
         routing: Routing,
+        around: Around = ALONE,
+        parts: int = 1,
+        activation: str = "",
+        row_scales: Any = None,
     ) -> None:
-        """As `_dense`, over codes, scales and zero points; codes of fewer than 8 bits in words."""
+        """As `_dense`, over codes, scales and zero points; codes of fewer than 8 bits in words. With an
+        `activation` rows are codes, too, and `row_scales` theirs."""
         codes, scales, zeros = weight
         parsed = parse_scheme(scheme)
         n, groups = scales.shape[-2:]
         k = rows.shape[1]
         group = group_of(parsed, k)
+        norm = None
+        if row_scales is None:
+            rows, row_scales, norm = self._normed(rows, around.norm)
+        tile = tile.split(parts)
         shape = {"x_stride": row_stride(rows), "N": n, "K": k, "GROUPS": groups, "GROUP": group}
         shape |= tile.constants | {"HAS_BIAS": bias is not None, "SHARED": routing.shared}
+        shape |= _forms(rows, norm, row_scales, around, tile, parts)
         # In the order of the kernels' parameters.
-        last = {"bias_ptr": bias, "y_ptr": y} | routing.values | {"M": y.numel() // n}
+        last = {"bias_ptr": bias, "y_ptr": y}
+        last |= self._around(rows, row_scales, norm, around, tile, parts, routing, y)
         if parsed.bits == 8:
             own = codes.view(uint8_of(codes)) if parsed.code_type == "fp8" else codes
             values = {"x_ptr": rows, "codes_ptr": own, "scales_ptr": scales} | last
             stored = {"STORED": codes.shape[-1], "FORM": _form(parsed), "BK": _depth(group)}
-            self._matrix("linear.linear_bytes", tile, values, shape | stored)
+            stored["X_FORM"] = parse_activation(activation).codes if activation else ""  # pyright: ignore[reportOptionalMemberAccess]
+            self._matrix(BYTES, tile, values, shape | stored)
             return
         values = {"x_ptr": rows, "words_ptr": codes, "scales_ptr": scales, "zeros_ptr": zeros} | last
         kind = {"BLOCKS": codes.shape[-1] // 16, "DIGITS": min(4, group // 32)}
         kind |= {"ZERO": 1 << (parsed.bits - 1), "SYMMETRIC": parsed.symmetric}
-        self._matrix("linear.linear_words", tile, values, shape | kind)
+        self._matrix(WORDS, tile, values, shape | kind)
 
-    def _rounded(
+    def _around(
         self,
         rows: Any,
-        operands: tuple[Any, Any, Any, Any],
-        weight_scheme: str,
-        activation: str,
-        static: Any,
+        row_scales: Any,
+        norm: Norm | None,
+        around: Around,
         tile: Tile,
-    ) -> None:
-        """A product with codes, scales and bias to y, whose rows are rounded to codes first."""
-        scheme, parsed = parse_activation(activation), parse_scheme(weight_scheme)
+        parts: int,
+        routing: Routing,
+        y: Any,
+    ) -> dict[str, Any]:
+        """The kernels' parameters behind x, weight, bias and y."""
+        partial = arrived = None
+        if tile.grid[2] > 1:
+            size = tile.constants["BM"] * tile.constants["BN"]
+            tiles = tile.grid[0] * tile.grid[1]
+            partial = self.empty(rows, (tiles * parts * size,), float32_of(rows))
+            arrived = rows.new_zeros((tiles,), dtype=int32_of(rows)) if self.arrived is None else self.arrived
+        residual = None if around.residual is None else self._dense_rows(around.residual)
+        values = {"norm_ptr": None if norm is None else norm.weight, "row_scales_ptr": row_scales}
+        values |= {"residual_ptr": residual, "partial_ptr": partial, "arrived_ptr": arrived}
+        values |= routing.values | {"M": y.numel() // y.shape[-1]}
+        given = (None, None) if norm is None else (float(norm.eps), float(norm.offset))
+        return values | dict(zip(("eps", "offset"), given, strict=True))
+
+    def _normed(self, rows: Any, norm: Norm | None) -> tuple[Any, Any, Norm | None]:
+        """Rows and their scales, and what is left to the product: all of a norm where rows are few."""
+        if norm is None:
+            return rows, None, None
+        m, k = rows.shape
+        if m <= _NORM_ROWS:
+            return rows, None, norm
+        out, scales = self.empty(rows, (m, k), None), self.empty(rows, (m,), float32_of(rows))
+        values = {"x_ptr": rows, "weight_ptr": norm.weight, "out_ptr": out, "scales_ptr": scales}
+        values |= {"eps": float(norm.eps), "offset": float(norm.offset)}
+        constants = {"x_stride": row_stride(rows), "WIDTH": k, "BLOCK": power_of_two(k)}
+        self.launch(launch_of("normalize.weigh_rows", (m,), values, constants))
+        return out, scales, None
+
+    def _rounded(self, rows: Any, activation: str, static: Any, norm: Norm | None) -> tuple[Any, Any]:
+        """Codes of rows, or of their norm, and scales of rows."""
+        scheme = parse_activation(activation)
         assert scheme is not None
-        weight, weight_scales, bias, y = operands
-        weight = weight.view(uint8_of(weight)) if parsed.code_type == "fp8" else weight
         m, k = rows.shape
         codes = self.empty(rows, (m, k), _int8(rows) if scheme.codes == "int8" else uint8_of(rows))
         scales = self.empty(rows, (m,), float32_of(rows))
-        values = {"x_ptr": rows, "static_ptr": static if scheme.static else None, "codes_ptr": codes}
-        values["scales_ptr"] = scales
+        values = {"x_ptr": rows, "static_ptr": static if scheme.static else None}
+        values |= {"norm_ptr": None if norm is None else norm.weight, "codes_ptr": codes}
+        values |= {"scales_ptr": scales, "eps": None if norm is None else float(norm.eps)}
+        values["offset"] = None if norm is None else float(norm.offset)
         block = power_of_two(k)
         how = {"x_stride": row_stride(rows), "WIDTH": k, "BLOCK": block, "FORM": scheme.codes}
-        how["STATIC"] = scheme.static
+        how |= {"STATIC": scheme.static, "NORM": norm is not None}
         warps = max(1, min(8, block // 512))
         self.launch(launch_of("rounding.round_rows", (m,), values, how, warps=warps))
-        group = group_of(parsed, k)
-        values = {"x_ptr": codes, "x_scales_ptr": scales, "codes_ptr": weight, "scales_ptr": weight_scales}
-        values |= {"bias_ptr": bias, "y_ptr": y, "M": m}
-        constants = {"N": y.shape[-1], "K": k, "STORED": weight.shape[1], "GROUPS": weight_scales.shape[1]}
-        constants |= {"GROUP": group, "X_FORM": scheme.codes, "FORM": _form(parsed), "BK": _depth(group)}
-        constants |= tile.constants | {"HAS_BIAS": bias is not None}
-        self._matrix("linear.linear_rounded", tile, values, constants)
+        return codes, scales
+
+    def _dense_rows(self, x: Any) -> Any:
+        return x if x.is_contiguous() else self._copied(x)
 
     def _matrix(self, kernel: str, tile: Tile, values: dict[str, Any], constants: dict[str, Any]) -> None:
         self.launch(launch_of(kernel, tile.grid, values, constants, warps=tile.warps, stages=tile.stages))
@@ -176,22 +275,40 @@ class CudaProducts:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Blocks of one product: rows of x and rows of the weight a program takes."""
+    """Blocks of one product: rows of x and rows of the weight a program takes, and programs for parts of
+    K."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, int, int]
     constants: dict[str, int]
     warps: int
     stages: int
 
+    def split(self, parts: int) -> Tile:
+        """With programs of their own for parts of K, where rows are few."""
+        apart = parts if self.constants["BM"] <= _APART_ROWS else 1
+        return replace(self, grid=(self.grid[0], self.grid[1], apart))
 
-def _tile(m: int, n: int, *, wide: bool = False) -> Tile:
-    """Few rows take few columns, so that many programs stream the weight, unless there are enough of them
-    (`wide`); many rows share each weight loaded."""
-    bm = min(128, max(16, power_of_two(m)))
-    bn = 128 if wide or bm == 128 else 64
-    return Tile(
-        (blocks(n, bn), blocks(m, bm)), {"BM": bm, "BN": bn}, 4 if bm < 128 else 8, 4 if bm < 64 else 3
-    )
+
+def rows_of_program(m: int) -> int:
+    """Rows of x that a program of a product of m takes."""
+    return min(128, max(16, power_of_two(m)))
+
+
+def coded_kernel(scheme: str) -> str:
+    """The kernel of products over codes of a scheme."""
+    return WORDS if parse_scheme(scheme).bits < 8 else BYTES
+
+
+def _forms(
+    rows: Any, norm: Norm | None, row_scales: Any, around: Around, tile: Tile, parts: int
+) -> dict[str, int | bool | str]:
+    """The kernels' constants for what is around a product."""
+    where = "before" if row_scales is not None else ""
+    if norm is not None:
+        where = "here" if norm.weight.dtype == rows.dtype and not norm.offset else "offset"
+    forms: dict[str, int | bool | str] = {"NORM": where, "GATE": around.gate}
+    forms |= {"ADDS": around.residual is not None, "SPLITS": parts, "APART": tile.grid[2] > 1}
+    return forms
 
 
 def _depth(k: int) -> int:

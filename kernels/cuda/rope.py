@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .overlap import NOT_EARLY, follow
 from .rounding import coded_row
 
 
@@ -57,32 +58,12 @@ def store_head(x, cache_ptr, scales_ptr, place, column, WIDTH: tl.constexpr, COD
 
 @triton.jit
 def rope_kv_write(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    positions_ptr,
-    inv_freq_ptr,
-    scale,
-    q_out_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    slots_ptr,
-    k_scales_ptr,
-    v_scales_ptr,
-    q_stride: tl.constexpr,
-    k_stride: tl.constexpr,
-    v_stride: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    R: tl.constexpr,
-    FIRST: tl.constexpr,
-    STYLE: tl.constexpr,
-    TURNS: tl.constexpr,
-    CODES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, positions_ptr, inv_freq_ptr, scale, q_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
+    k_scales_ptr, v_scales_ptr, q_stride: tl.constexpr, k_stride: tl.constexpr, v_stride: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+    FIRST: tl.constexpr, STYLE: tl.constexpr, TURNS: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr = NOT_EARLY,
+):  # fmt: skip
     """`llmc.rope`, `llmc.kv_write` and `llmc.rope_kv_write` in one. Grid (tokens, HEADS + 2 * KV_HEADS).
 
     Programs of a token: first its `HEADS` queries, rotated to dense `q_out[T, HEADS, D]`, then keys, rotated
@@ -90,6 +71,7 @@ def rope_kv_write(
     negative slot; `CODES` (int8, fp8) have scales `[slots, KV_HEADS]`. Strides are in elements between
     tokens; heads are dense.
     """
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     column = tl.arange(0, BLOCK)

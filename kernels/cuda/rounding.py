@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .overlap import NOT_EARLY, follow
+
 
 @triton.jit
 def byte_values(codes, FORM: tl.constexpr):
@@ -65,20 +67,32 @@ def coded_row(x, FORM: tl.constexpr):
 def round_rows(
     x_ptr,
     static_ptr,
+    norm_ptr,
     codes_ptr,
     scales_ptr,
+    eps,
+    offset,
     x_stride: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     FORM: tl.constexpr,
     STATIC: tl.constexpr,
+    NORM: tl.constexpr,
+    PDL: tl.constexpr = NOT_EARLY,
 ):
-    """Codes `[rows, WIDTH]` and float32 scales `[rows]` of rows of x; `STATIC` e4m3 takes the one scale that
-    is given, and saturates. Grid (rows,)."""
+    """Codes `[rows, WIDTH]` and float32 scales `[rows]` of rows of x, or of their RMS norm (`NORM`), whose
+    result is rounded to x's dtype first; `STATIC` e4m3 takes the one scale that is given, and saturates. Grid
+    (rows,)."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    given = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+    x = given.to(tl.float32)
+    if NORM:
+        weight = tl.load(norm_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / WIDTH + eps)) * (weight + offset)
+        x = x.to(given.dtype).to(tl.float32)
     if STATIC:
         scale = tl.load(static_ptr)
         codes = e4m3_codes(tl.div_rn(x, tl.zeros_like(x) + scale))

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from .fusing import fuse_products
 from .operators import CudaOperators
 
 _NAMES = (
-    "linear",
-    "quantized_linear",
     "embedding",
     "gather_rows",
     "rms_norm",
@@ -30,8 +29,11 @@ _NAMES = (
 )
 
 
-def substitute(graph: fx.Graph, operators: CudaOperators) -> fx.Graph:
-    """A copy of `graph` that calls `operators` for those they have.
+def substitute(
+    graph: fx.Graph, operators: CudaOperators, multiply: Callable[..., Any] | None = None
+) -> fx.Graph:
+    """A copy of `graph` that calls `operators` for those they have, products with what is around them:
+    `multiply` stands in for their `product`.
 
     Others, ATen's among them, keep their target: torch runs them, on the device of their inputs.
     """
@@ -48,6 +50,7 @@ def substitute(graph: fx.Graph, operators: CudaOperators) -> fx.Graph:
     ours[torch.ops.llmc.quantized_embedding.default] = quantized_embedding
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
+    fuse_products(copy, multiply or operators.product)
     for node in copy.nodes:
         if node.op == "call_function":
             node.target = ours.get(node.target, node.target)

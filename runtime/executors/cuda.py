@@ -3,19 +3,19 @@ kernel by kernel; both sample on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from ...artifact.cuda import CUDA_UNIT, ArenaPlan, CudaUnit, decode_unit
 from ...artifact.reader import Artifact
 from ...artifact.schema import PROGRAM
-from ...ir.document import decode_program
+from ...ir.document import ProgramDocument, decode_program
 from ...ir.weights import Source, WeightStore
 from ...kernels.cuda.launch import Launcher
 from ...kernels.cuda.sampler import DeviceSampler, make_space, space_bytes, table_bytes
+from ...kernels.cuda.variants import Variant
 from ...spec.cache import CacheLayout
 from ...spec.errors import TargetError
 from ..config import RuntimeConfig
@@ -55,11 +55,12 @@ def open_executor(artifact: Artifact, config: RuntimeConfig) -> CudaExecutor:
 
     Raises TargetError where there is no GPU, none that its kernels run on, or too little of its memory free.
     """
-    return make_executor(artifact, config, open_machine(artifact))
+    return make_executor(artifact, config, open_machine(artifact, overlaps=config.device_overlap))
 
 
-def open_machine(artifact: Artifact) -> Machine:
-    """This machine's GPU, with the kernels of an artifact of target kind `cuda` loaded.
+def open_machine(artifact: Artifact, *, overlaps: bool = False) -> Machine:
+    """This machine's GPU, with the kernels of an artifact of target kind `cuda` loaded; with `overlaps` they
+    may begin before the launch ahead of them has ended.
 
     Raises TargetError where there is none, or none that the kernels run on.
     """
@@ -76,7 +77,7 @@ def open_machine(artifact: Artifact) -> Machine:
     capability = torch.cuda.get_device_capability(_DEVICE)
     torch.zeros(1, device=_DEVICE)  # makes torch's context the current one
     device, driver = Device(_DEVICE), CudaDriver()
-    kernels = CudaKernels(artifact, unit, capability, driver, lambda: device.stream)
+    kernels = CudaKernels(artifact, unit, capability, driver, lambda: device.stream, overlaps=overlaps)
     return Machine(
         device=device,
         launcher=kernels,
@@ -91,7 +92,7 @@ def make_executor(artifact: Artifact, config: RuntimeConfig, machine: Machine) -
     anything is loaded."""
     spec, layout = artifact.manifest.spec, artifact.manifest.cache
     unit = decode_unit(artifact.read_bytes(CUDA_UNIT))
-    stored = _stored(artifact, unit)
+    stored = stored_program(artifact, unit)
     demand = demand_of(config, spec.max_context)
     plans = _plans(unit, config, machine)
     lengths = tuple(group.pages_for(demand.max_model_len) for group in layout.groups)
@@ -122,7 +123,7 @@ def make_executor(artifact: Artifact, config: RuntimeConfig, machine: Machine) -
 def open_model(artifact: Artifact, machine: Machine, num_pages: Sequence[int], max_tokens: int) -> CudaModel:
     """The model of an artifact alone, over caches of `num_pages` a group, without rows and samplers."""
     unit = decode_unit(artifact.read_bytes(CUDA_UNIT))
-    return _model(_stored(artifact, unit), artifact.manifest.cache, num_pages, machine, max_tokens)
+    return _model(stored_program(artifact, unit), artifact.manifest.cache, num_pages, machine, max_tokens)
 
 
 def executor_around(
@@ -200,17 +201,19 @@ def _pages(
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """A program, and the tensors of the files by the names that it reads."""
+class StoredProgram:
+    """A program, the tensors of the files by the names that it reads, and the variants of its products that
+    were measured to be fastest."""
 
-    graph: fx.Graph
+    document: ProgramDocument
     weights: WeightStore
+    variants: Mapping[str, Variant]
 
 
-def _stored(artifact: Artifact, unit: CudaUnit) -> _Stored:
+def stored_program(artifact: Artifact, unit: CudaUnit) -> StoredProgram:
     """The final program of an artifact; its codes are words."""
-    graph = decode_program(artifact.read_bytes(PROGRAM)).graph
-    names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    document = decode_program(artifact.read_bytes(PROGRAM))
+    names = {str(node.target) for node in document.graph.nodes if node.op == "get_attr"}
     words = {word.codes: word.stored for word in unit.words}
     files = {name: (file, view) for file, views in artifact.weight_files() for name, view in views.items()}
     entries: dict[str, Source] = {}
@@ -218,20 +221,34 @@ def _stored(artifact: Artifact, unit: CudaUnit) -> _Stored:
         stored = words.get(name, name)
         file, view = files[stored]
         entries[name] = Source(str(artifact.path / file), stored, view.shape, getattr(torch, view.dtype))
-    return _Stored(graph, WeightStore(entries))
+    tuned = {
+        each.product: Variant(columns=each.columns, warps=each.warps, stages=each.stages)
+        for each in unit.tuned
+    }
+    return StoredProgram(document, WeightStore(entries), tuned)
 
 
 def _model(
-    stored: _Stored, layout: CacheLayout, num_pages: Sequence[int], machine: Machine, max_tokens: int
+    stored: StoredProgram, layout: CacheLayout, num_pages: Sequence[int], machine: Machine, max_tokens: int
 ) -> CudaModel:
     device = machine.device
-    weights = {name: stored.weights.evaluate(name).to(device.name) for name in stored.weights}
-    return CudaModel(
-        stored.graph,
-        weights.__getitem__,
-        layout,
-        num_pages,
-        launcher=machine.launcher,
-        device=device,
-        max_tokens=max_tokens,
-    )
+    try:
+        weights = {name: stored.weights.evaluate(name).to(device.name) for name in stored.weights}
+        return CudaModel(
+            stored.document.graph,
+            weights.__getitem__,
+            layout,
+            num_pages,
+            launcher=machine.launcher,
+            device=device,
+            max_tokens=max_tokens,
+            variants=stored.variants,
+        )
+    except torch.OutOfMemoryError as error:
+        raise TargetError(
+            "cuda.memory_taken",
+            "The GPU's memory ran out while the model was loaded.",
+            f"Enough was free before: something else on it took memory meanwhile. "
+            f"{str(error).splitlines()[0]}",
+            "End the other processes (nvidia-smi names them) or wait for them, or lower cache_bytes.",
+        ) from error

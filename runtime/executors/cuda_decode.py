@@ -13,7 +13,6 @@ from torch import Tensor
 from ...artifact.cuda import ArenaPlan
 from ...ir.paged import QUERY_STARTS, block_table_name, slots_name
 from ...kernels.cuda.launch import Launcher
-from ...kernels.cuda.operators import CudaOperators
 from ...kernels.cuda.sampler import DeviceSampler, RowTables, Samples, SampleSpace
 from .cuda_arena import Arena
 from .cuda_device import Device
@@ -104,7 +103,7 @@ class DecodeGraphs:
             device, tables, [group.page_tokens for group in model.layout.groups], self.buckets[-1]
         )
         self._model, self._tables, self._space, self._results = model, tables, space, results
-        self._device, self._launcher, self._recorder = device, launcher, recorder
+        self._device, self._recorder = device, recorder
         self._arena = device.zeros((max(plan.num_bytes for plan in plans),), "uint8")
         self._sampler = DeviceSampler(launcher)
         self._graphs: dict[tuple[int, bool], DecodeGraph] = {}
@@ -127,7 +126,8 @@ class DecodeGraphs:
         self._graphs.clear()
 
     def _record(self, bucket: int, filtered: bool) -> DecodeGraph:
-        operators = CudaOperators(self._launcher, Arena(self._arena, self._plans[bucket].offsets).empty)
+        empty = Arena(self._arena, self._plans[bucket].offsets).empty
+        operators = self._model.operators(empty)
         inputs, samples = self.inputs.graph_inputs(bucket), self.inputs.samples(bucket)
         groups = [(table[:bucket], slots[:bucket], page) for table, slots, page in self.inputs.groups]
         logits: list[Tensor] = []

@@ -13,6 +13,7 @@ from ...spec.errors import DeviceLostError, TargetError
 _DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_BYTES_PER_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _UNASKED_SHARED_BYTES = 48 << 10
+_PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 # Errors after which the context is of no use: an uncorrectable memory error, and what a kernel can do wrong
 # (illegal address, assertion, hardware stack, instruction, alignment, address space, counter, launch),
 # unknown.
@@ -30,6 +31,12 @@ class _LaunchConfig(ctypes.Structure):
         ("attributes", ctypes.c_void_p),
         ("num_attributes", ctypes.c_uint),
     )
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h, whose value has 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +93,26 @@ class CudaDriver:
         return Function(handle=handle, threads=32 * warps, shared_bytes=shared_bytes)
 
     def launch(
-        self, function: Function, grid: tuple[int, int, int], stream: int, parameters: Sequence[Any]
+        self,
+        function: Function,
+        grid: tuple[int, int, int],
+        stream: int,
+        parameters: Sequence[Any],
+        *,
+        overlaps: bool = False,
     ) -> None:
         """Enqueue a launch; `parameters` are ctypes values, to which the two scratch pointers that triton's
-        kernels take are added. Raises TargetError when the driver refuses."""
+        kernels take are added. With `overlaps` it may begin before the launch ahead has ended, for which the
+        kernel must wait itself. Raises TargetError when the driver refuses."""
+        early = _LaunchAttribute(id=_PROGRAMMATIC_SERIALIZATION)
+        early.value[0] = 1
         config = _LaunchConfig(
             grid=grid,
             block=(function.threads, 1, 1),
             shared_bytes=function.shared_bytes,
             stream=stream,
-            attributes=None,
-            num_attributes=0,
+            attributes=ctypes.addressof(early) if overlaps else None,
+            num_attributes=int(overlaps),
         )
         passed = [*parameters, ctypes.c_void_p(), ctypes.c_void_p()]
         addresses = (ctypes.c_void_p * len(passed))(*(ctypes.addressof(value) for value in passed))

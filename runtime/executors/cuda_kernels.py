@@ -10,6 +10,7 @@ from ...artifact.cuda import CudaKernel, CudaUnit
 from ...artifact.reader import Artifact
 from ...kernels.cuda.launch import Launch, Specialisation
 from ...spec.errors import InternalError, TargetError
+from ...spec.target import CUDA_ARCHITECTURES
 from .cuda_driver import CudaDriver, Function
 
 _ALIGNMENT = 16
@@ -29,18 +30,30 @@ def choose_architecture(unit: CudaUnit, capability: tuple[int, int]) -> str:
     older = [number for number, name in numbers.items() if name in with_ptx and number <= wanted]
     if older:
         return numbers[max(older)]
+    target = f"cuda:sm_{_compiled_for(capability)}"
     raise TargetError(
         "cuda.architecture",
         "No kernel of this artifact runs on this GPU.",
         f"The GPU is sm_{wanted}, and the artifact was compiled for {', '.join(unit.architectures)}.",
-        f"Compile the model with --target cuda:sm_{wanted}.",
+        f"Make others with `llmc retarget ARTIFACT -o OUT --target {target}`, without the model, or compile "
+        f"the model with --target {target}.",
     )
+
+
+def _compiled_for(capability: tuple[int, int]) -> int:
+    """The architecture to compile for so that such a GPU runs the kernels: the newest of its generation that
+    it has, else the one whose PTX comes along."""
+    known = [int(name.removeprefix("sm_")) for name in CUDA_ARCHITECTURES]
+    wanted = capability[0] * 10 + capability[1]
+    same = [number for number in known if number // 10 == capability[0] and number <= wanted]
+    return max(same, default=known[0])
 
 
 class CudaKernels:
     """A `kernels.cuda.launch.Launcher` over compiled kernels.
 
-    `stream()` gives the handle that launches go to. Nothing is compiled, but PTX by the driver while loading.
+    `stream()` gives the handle that launches go to. With `overlaps`, kernels that can begin before the launch
+    ahead of them has ended. Nothing is compiled, but PTX by the driver while loading.
     """
 
     def __init__(
@@ -50,11 +63,14 @@ class CudaKernels:
         capability: tuple[int, int],
         driver: CudaDriver,
         stream: Callable[[], int],
+        *,
+        overlaps: bool = False,
     ) -> None:
         self.architecture = choose_architecture(unit, capability)
         is_native = int(self.architecture.removeprefix("sm_")) // 10 == capability[0]
         self._driver = driver
         self._stream = stream
+        self._overlaps = overlaps
         # Making a key takes longer than a launch.
         self._keys: dict[Specialisation, str] = {}
         self._kernels = {k.key: k for k in unit.kernels if k.architecture == self.architecture}
@@ -81,7 +97,8 @@ class CudaKernels:
         parameters = [
             parameter_value(name, kind, launch.values[name]) for name, kind in self._kernels[key].parameters
         ]
-        self._driver.launch(self.functions[key], launch.grid, self._stream(), parameters)
+        overlaps = self._overlaps and self._kernels[key].overlaps
+        self._driver.launch(self.functions[key], launch.grid, self._stream(), parameters, overlaps=overlaps)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -12,7 +12,9 @@ from ...ir.interpret import Observer, interpret
 from ...ir.paged import SequenceLike, allocate_caches, cache_names, step_inputs
 from ...kernels.cuda.launch import Launcher
 from ...kernels.cuda.operators import CudaOperators
+from ...kernels.cuda.products import ARRIVALS, Empty
 from ...kernels.cuda.substitution import substitute
+from ...kernels.cuda.variants import Variant
 from ...spec.cache import CacheLayout
 from ..protocol import BlockCopy
 from .cuda_device import Device
@@ -26,7 +28,8 @@ class CudaModel:
     """Runs steps of one program over its own caches, in tiles of at most `max_tokens` tokens. Not
     thread-safe.
 
-    `weight(name)` gives tensors on `device` that stay alive as long as the model.
+    `weight(name)` gives tensors on `device` that stay alive as long as the model. `variants` are those of
+    products that the shipped ones are not wanted for.
     """
 
     def __init__(
@@ -39,7 +42,10 @@ class CudaModel:
         launcher: Launcher,
         device: Device,
         max_tokens: int,
+        variants: Mapping[str, Variant] | None = None,
     ) -> None:
+        self._launcher, self._variants = launcher, variants or {}
+        self._arrived = device.zeros((ARRIVALS,), "int32")
         self._layout = layout
         self._weight = weight
         self._device = device
@@ -47,8 +53,15 @@ class CudaModel:
         caches = allocate_caches(layout, num_pages)
         self._caches = {name: cache.to(device.name) for name, cache in caches.items()}
         self._graph = graph
-        self._whole = substitute(graph, CudaOperators(launcher))
+        self._whole = substitute(graph, self.operators())
         self._body = without_head(self._whole)
+
+    def operators(self, empty: Empty | None = None) -> CudaOperators:
+        """Those of the model, their tensors made by `empty`, else by torch. Steps that use them follow each
+        other."""
+        if empty is None:
+            return CudaOperators(self._launcher, arrived=self._arrived, variants=self._variants)
+        return CudaOperators(self._launcher, empty, self._arrived, self._variants)
 
     @property
     def layout(self) -> CacheLayout:

@@ -50,6 +50,7 @@ def test_help_lists_every_command_and_no_other():
         "inspect",
         "passes",
         "recipe",
+        "retarget",
         "targets",
         "models",
         "doctor",

@@ -28,7 +28,7 @@ def cuda_artifact(tmp_path_factory, stories_1m):
     """The small bundled model with int4 matrices, for one architecture."""
     pytest.importorskip("triton")
     path = tmp_path_factory.mktemp("cuda") / "model.llmc"
-    llmc.compile(stories_1m, quant="int4", target="cuda:sm_90", output=path, verify="structure")
+    llmc.compile(stories_1m, quant="int4-fast", target="cuda:sm_90", output=path, verify="structure")
     return open_unchecked(path)
 
 

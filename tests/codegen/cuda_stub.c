@@ -169,6 +169,12 @@ Result cuGraphLaunch(struct Graph *graph, void *stream) {
 
 Result cuLaunchKernelEx(const struct Config *config, struct Function *function, void **values, void **extra) {
   (void)extra;
+  // 6: it may begin before the launch ahead of it has ended.
+  for (unsigned i = 0; i < config->num_attributes; ++i) {
+    const int *attribute = (const int *)((const char *)config->attributes + 72 * i);
+    if (attribute[0] != 6 || attribute[2] != 1) return INVALID_VALUE;
+    fprintf(record(), "early %s\n", function->name);
+  }
   fprintf(record(), "launch %s %u,%u,%u %u %u %p", function->name, config->grid[0], config->grid[1],
           config->grid[2], config->block[0], config->shared, config->stream);
   for (int i = 0; i < function->count; ++i) {

@@ -53,6 +53,20 @@ def test_interpreted_kernels_reproduce_the_oracle(artifact):
     executor.close()
 
 
+def test_memory_that_another_process_took_meanwhile_is_an_error_that_says_so(artifact, monkeypatch):
+    from llmc.runtime.executors.cuda import Machine, make_executor
+    from llmc.runtime.executors.cuda_device import Device
+
+    def taken(self, name):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nMore.")
+
+    monkeypatch.setattr("llmc.ir.weights.WeightStore.evaluate", taken)
+    machine = Machine(device=Device("cpu"), launcher=print, recorder=None, free_bytes=1 << 30, details={})
+    config = RuntimeConfig(max_requests=4, max_step_tokens=64, max_model_len=128)
+    with pytest.raises(TargetError, match=r"took memory meanwhile. CUDA out of memory. Tried"):
+        make_executor(artifact, config, machine)
+
+
 def test_files_name_no_path_and_registers_do_not_spill_much(artifact, unit):
     assert unit.architectures == ("sm_90",)
     for kernel in unit.kernels:
@@ -167,8 +181,12 @@ def test_an_artifact_for_other_gpus_says_what_to_do(unit):
     from llmc.runtime.executors.cuda_kernels import choose_architecture
 
     assert choose_architecture(unit, (9, 0)) == "sm_90"
-    with pytest.raises(TargetError, match=re.escape("--target cuda:sm_89")):
-        choose_architecture(unit, (8, 9))
+    retargeted = "the artifact was compiled for sm_90.*llmc retarget ARTIFACT -o OUT --target cuda:"
+    # The GPU's own, the newest of its generation that it runs, or the one whose PTX any newer driver takes.
+    for capability, name in (((8, 9), "sm_89"), ((8, 6), "sm_80"), ((12, 0), "sm_80")):
+        with pytest.raises(TargetError) as raised:
+            choose_architecture(unit, capability)
+        assert re.search(retargeted + name, str(raised.value), re.DOTALL)
     older = replace(unit, kernels=(replace(unit.kernels[0], architecture="sm_80", ptx="kernels/x.ptx"),))
     assert choose_architecture(older, (8, 6)) == "sm_80"
     assert choose_architecture(older, (10, 0)) == "sm_80"

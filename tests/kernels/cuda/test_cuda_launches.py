@@ -86,7 +86,8 @@ def test_launches_name_parameters_in_order(work):
 
     for launch in launched(work):
         specialisation = launch.specialisation
-        names = kernel_function(specialisation.kernel).arg_names
+        # Whether it begins early is the architecture's.
+        names = [n for n in kernel_function(specialisation.kernel).arg_names if n != "PDL"]
         runtime = [name for name, _ in specialisation.types]
         constants = [name for name, _ in specialisation.constants]
         assert runtime == [name for name in names if name in runtime], specialisation.kernel

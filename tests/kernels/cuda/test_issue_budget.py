@@ -21,33 +21,29 @@ pytest.importorskip("triton")
 N, K = 4096, 4096
 
 
-def specialisation_of(work):
-    """The one specialisation that `work` launches."""
+def specialisation_of(weight, n, k, norm=False, gate=""):
+    """The product that one row launches."""
     found = []
-    work(CudaOperators(lambda launch: found.append(launch.specialisation)))
-    return found[0]
+    x, factor = torch.empty(1, k, dtype=torch.bfloat16), torch.empty(k, dtype=torch.bfloat16)
+    operators = CudaOperators(lambda launch: found.append(launch.specialisation))
+    operators.product(x, weight, (factor, 1e-5, 0.0, "cast_then_scale") if norm else None, gate, None)
+    return found[-1]
 
 
-def words(group, n=N):
-    x = torch.empty(1, K, dtype=torch.bfloat16)
-    codes = torch.empty(n, K // 8, dtype=torch.int32)
-    scales = torch.empty(n, K // group, dtype=torch.float16)
-    return specialisation_of(
-        lambda operators: operators.quantized_linear(x, codes, scales, None, None, f"int4_g{group}")
-    )
+def words(group, n=N, k=K, **around):
+    codes = torch.empty(n, k // 8, dtype=torch.int32)
+    scales = torch.empty(n, k // group, dtype=torch.float16)
+    return specialisation_of((codes, scales, None, None, f"int4_g{group}"), n, k, **around)
 
 
-def dense():
-    x, weight = torch.empty(1, K, dtype=torch.bfloat16), torch.empty(N, K, dtype=torch.bfloat16)
-    return specialisation_of(lambda operators: operators.linear(x, weight, None))
+def dense(**around):
+    return specialisation_of((torch.empty(N, K, dtype=torch.bfloat16), None), N, K, **around)
 
 
-def code_bytes():
-    x = torch.empty(1, K, dtype=torch.bfloat16)
-    codes, scales = torch.empty(N, K, dtype=torch.int8), torch.empty(N, K // 32, dtype=torch.float16)
-    return specialisation_of(
-        lambda operators: operators.quantized_linear(x, codes, scales, None, None, "int8_g32")
-    )
+def code_bytes(scheme, groups):
+    dtype = torch.int8 if scheme.startswith("int8") else torch.float8_e4m3fn
+    codes, scales = torch.empty(N, K, dtype=dtype), torch.empty(N, groups, dtype=torch.float16)
+    return specialisation_of((codes, scales, None, None, scheme), N, K)
 
 
 def disassembler():
@@ -57,14 +53,18 @@ def disassembler():
     ).stdout.strip()
 
 
-def loop_length(cubin):
-    """Instructions of the longest backward jump: the body of the loop over K."""
+def disassembled(cubin):
+    """The machine code as text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [disassembler(), "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [disassembler(), "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def loop_length(cubin):
+    """Instructions of the longest backward jump: the body of the loop over K."""
+    text = disassembled(cubin)
     labels, jumps, count = {}, [], 0
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x?_?\w+):", line):
@@ -76,19 +76,25 @@ def loop_length(cubin):
     return max(at - labels[target] + 1 for at, target in jumps if labels.get(target, count) <= at)
 
 
+CASES = {
+    # four blocks of 128 a turn of the loop
+    "int4_g128": (lambda: words(128), 512, 3.0),
+    "int4_g128_normed_gate": (lambda: words(128, 28672, norm=True, gate="silu"), 512, 3.4),
+    "int4_g128_narrow": (lambda: words(128, 2048, 2048), 512, 3.4),
+    "int4_g32": (lambda: words(32), 512, 4.6),
+    "bf16": (dense, 128, 2.2),
+    "bf16_normed": (lambda: dense(norm=True), 128, 5.2),
+    "int8_g32": (lambda: code_bytes("int8_g32", K // 32), 32, 12.5),
+    "fp8": (lambda: code_bytes("fp8_channel", 1), 128, 9.0),
+}
+FAST = ("int4_g128",)
+
+
 @pytest.mark.parametrize(
-    ("make", "weights_a_loop", "most"),
-    [
-        # four blocks of 128 a turn of the loop
-        (lambda: words(128), 512, 3.4),
-        (lambda: words(128, n=28672), 512, 3.2),
-        (lambda: words(32), 512, 4.6),
-        (dense, 128, 2.2),
-        (code_bytes, 32, 12.5),
-    ],
-    ids=["int4_g128", "int4_g128_wide", "int4_g32", "bf16", "int8_g32"],
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES]
 )
-def test_instructions_a_weight(make, weights_a_loop, most):
+def test_instructions_a_weight(name):
+    make, weights_a_loop, most = CASES[name]
     specialisation = make()
     constants = dict(specialisation.constants)
     (machine,) = assemble([(specialisation, "sm_90")])
@@ -97,3 +103,22 @@ def test_instructions_a_weight(make, weights_a_loop, most):
     print(specialisation.kernel, "instructions a weight:", found, "registers:", machine.registers)
     assert found <= most
     assert machine.stack_bytes == 0
+    assert machine.overlaps
+
+
+@pytest.mark.slow
+def test_a_kernel_waits_before_it_reads_where_the_hardware_can():
+    """Machine code of sm_90 waits for the launches ahead of it, once and before its first load, and lets the
+    next begin; that of sm_80 knows nothing of it."""
+    specialisation = words(128)
+    newer, older = assemble([(specialisation, "sm_90"), (specialisation, "sm_80")])
+    assert not older.overlaps
+    assert b"griddepcontrol" not in older.ptx
+    text = newer.ptx.decode()
+    wait = text.index("griddepcontrol.wait")
+    assert text.count("griddepcontrol.wait") == 1
+    assert wait < text.index("griddepcontrol.launch_dependents")
+    assert wait < text.index("ld.global")
+    # Parts of a tile are summed by the last to arrive, which sees what the others stored.
+    assert "atom.global.gpu.acq_rel" in text or "atom.gpu.global.acq_rel" in text
+    assert "acqbulk" in disassembled(newer.cubin).lower()

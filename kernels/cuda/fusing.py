@@ -1,0 +1,115 @@
+"""Which operators around a matrix product become part of it: the norm before, the gated activation and the
+residual addition behind.
+
+    rms_norm → linear → gated_activation_packed → linear → add_rms_norm    →    product → product → product
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+_LLMC = torch.ops.llmc
+_PRODUCTS = (_LLMC.linear.default, _LLMC.quantized_linear.default)
+# A sum and its norm in one -> the norm alone.
+_SUMS: dict[Any, Any] = {
+    _LLMC.add_rms_norm.default: _LLMC.rms_norm.default,
+    _LLMC.add_layer_norm.default: _LLMC.layer_norm.default,
+}
+
+
+@dataclass(slots=True)
+class _Product:
+    """A product, what it takes, and the node whose value it gives."""
+
+    node: fx.Node
+    x: fx.Node
+    gives: fx.Node
+    norm: tuple[Any, ...] | None = None
+    gate: str = ""
+    residual: fx.Node | None = None
+
+
+def fuse_products(graph: fx.Graph, multiply: Callable[..., Any]) -> None:
+    """Replace products and what can be part of them by calls of `multiply(x, weight, norm, gate, residual)`:
+    `weight` are the arguments of `llmc.linear` or `llmc.quantized_linear` behind x, `norm` those of
+    `llmc.rms_norm` behind its own, or None.
+
+    What else needs a value in between keeps it from being fused.
+    """
+    for node in list(graph.nodes):
+        if node.target in _SUMS:
+            _separate(graph, node)
+    found = [_found(node) for node in graph.nodes if node.target in _PRODUCTS]
+    for each in found:
+        weight = each.node.args[1:]
+        with graph.inserting_before(each.gives):
+            made = graph.call_function(multiply, (each.x, weight, each.norm, each.gate, each.residual))
+        each.gives.replace_all_uses_with(made)
+        made.name = each.gives.name  # whose value it is
+        for other in found:
+            other.x = made if other.x is each.gives else other.x
+            other.residual = made if other.residual is each.gives else other.residual
+    _erase_unused(graph)
+
+
+def _separate(graph: fx.Graph, node: fx.Node) -> None:
+    """A sum and its norm as two operators, where the sum can be part of a product."""
+    x, residual, *rest = node.args
+    if not any(_only_user(each) is node and _is_product(each) for each in (x, residual)):
+        return
+    with graph.inserting_before(node):
+        total = graph.call_function(torch.ops.aten.add.Tensor, (x, residual))
+        normed = graph.call_function(_SUMS[node.target], (total, *rest))
+    for user in list(node.users):
+        part = normed if user.args[1] == 0 else total
+        user.replace_all_uses_with(part)
+        graph.erase_node(user)
+        part.name = user.name
+    graph.erase_node(node)
+
+
+def _found(node: fx.Node) -> _Product:
+    """`node` with everything around it that is nobody else's."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    product = _Product(node, x, node)
+    if x.target is _LLMC.rms_norm.default and _only_user(x) is node and x.args[1] is not None:
+        product.x, product.norm = x.args[0], tuple(x.args[1:])  # pyright: ignore[reportAttributeAccessIssue]
+    user = _only_user(node)
+    if user is None:
+        return product
+    if user.target is _LLMC.gated_activation_packed.default:
+        product.gate, product.gives = str(user.args[1]), user
+    elif user.target is torch.ops.aten.add.Tensor and not user.kwargs:
+        others = [each for each in user.args if each is not node]
+        # Of two products, the later one adds the other.
+        if len(others) == 1 and isinstance(others[0], fx.Node) and _adds(node, others[0]):
+            product.residual, product.gives = others[0], user
+    return product
+
+
+def _adds(node: fx.Node, other: fx.Node) -> bool:
+    return not (_is_product(other) and len(other.users) == 1 and node < other)
+
+
+def _is_product(value: object) -> bool:
+    return isinstance(value, fx.Node) and value.target in _PRODUCTS
+
+
+def _only_user(value: object) -> fx.Node | None:
+    users = list(value.users) if isinstance(value, fx.Node) else []
+    return users[0] if len(users) == 1 else None
+
+
+def _erase_unused(graph: fx.Graph) -> None:
+    """What became part of products; operators that write caches stay, whoever looks at their results."""
+    names = {*_PRODUCTS, *_SUMS.values(), _LLMC.gated_activation_packed.default, torch.ops.aten.add.Tensor}
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and node.target in names | {operator.getitem}:
+            graph.erase_node(node)

@@ -1,0 +1,125 @@
+"""What requests may ask of an engine, over a CUDA executor whose kernels are interpreted: shared prefixes,
+drafts, preemption and forms of answers change no token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from llmc.artifact.cuda import CUDA_UNIT, decode_unit
+from llmc.runtime.config import RuntimeConfig
+from llmc.runtime.engine import Engine
+from llmc.runtime.page_budget import bytes_of
+from llmc.runtime.protocol import SamplingState
+from llmc.runtime.request import FinishReason, Request
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+GREEDY, SEEDED = SamplingState(), SamplingState(temperature=0.9, top_p=0.9, seed=5)
+# Longer than a page of 64 tokens.
+LONG = tuple(3 + (7 * index) % 40 for index in range(62))
+
+
+@pytest.fixture(scope="module")
+def engine_of(cuda_artifact):
+    """`engine_of(**settings)`: an engine over an interpreting executor."""
+    from llmc.kernels.cuda.interpreter import correct_interpreter
+    from llmc.kernels.cuda.jit import launch_jit
+    from llmc.runtime.executors.cuda import Machine, make_executor
+    from llmc.runtime.executors.cuda_device import Device
+
+    correct_interpreter()
+    assert decode_unit(cuda_artifact.read_bytes(CUDA_UNIT)).kernels
+
+    def make(**settings):
+        config = RuntimeConfig(max_requests=2, max_step_tokens=64, max_model_len=128, **settings)
+        machine = Machine(
+            device=Device("cpu"), launcher=launch_jit, recorder=None, free_bytes=1 << 30, details={}
+        )
+        return Engine(make_executor(cuda_artifact, config, machine), config)
+
+    return make
+
+
+def tokens_of(engine, *requests):
+    """Tokens of requests that run at the same time, and what outputs said of them."""
+    for number, (prompt, count, sampling, grammar) in enumerate(requests):
+        engine.add_request(
+            Request(
+                request_id=number,
+                prompt_token_ids=prompt,
+                max_tokens=count,
+                sampling=sampling,
+                grammar=grammar,
+            )
+        )
+    tokens, told = {number: [] for number in range(len(requests))}, []
+    while engine.has_work():
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+            told.append(output)
+    reasons = {each.finished.reason for each in told if each.finished is not None}
+    assert reasons <= {FinishReason.LENGTH, FinishReason.STOP}
+    return list(tokens.values()), told
+
+
+def test_a_preempted_request_and_one_with_a_known_prefix_get_their_tokens(engine_of, cuda_artifact):
+    first, second = (LONG, 5, GREEDY, None), ((4, *LONG[1:]), 5, SEEDED, None)
+    alone = engine_of()
+    expected = [tokens_of(alone, each)[0][0] for each in (first, second)]
+    again, told = tokens_of(alone, ((*LONG, *expected[0][:4]), 1, GREEDY, None))
+    assert max(each.num_cached_tokens for each in told) == 64
+    assert again[0] == expected[0][4:]
+    alone.close()
+    # Room for three pages: both grow into a second one, and one of them has to give its first.
+    few = engine_of(cache_bytes=bytes_of(cuda_artifact.manifest.cache, (3,)), prefix_cache=False)
+    found, _ = tokens_of(few, first, second)
+    assert few.stats.num_preemptions > 0
+    assert found == expected
+    few.close()
+
+
+def test_drafts_change_no_token(engine_of):
+    repeating = (5, 9, 11, 5, 9, 11, 5, 9, 11, 5, 9)
+    requests = ((repeating, 6, GREEDY, None), (repeating, 6, SEEDED, None))
+    plain, drafting = engine_of(), engine_of(speculation="ngram", draft_tokens=3)
+    expected, _ = tokens_of(plain, *requests)
+    found, told = tokens_of(drafting, *requests)
+    assert sum(each.num_drafted for each in told) > 0
+    assert found == expected
+    plain.close()
+    drafting.close()
+
+
+@dataclass
+class Even:
+    """Answers of tokens with even ids, as a grammar and as its own state."""
+
+    is_over: bool = False
+    error: str | None = None
+
+    def start(self):
+        return Even()
+
+    def fill(self, mask, draft_ids=()):
+        mask[:] = np.uint32(0x55555555)
+
+    def count_allowed(self, draft_ids):
+        return next((i for i, token in enumerate(draft_ids) if token % 2), len(draft_ids))
+
+    def accept(self, token_id):
+        assert token_id % 2 == 0
+
+
+def test_the_form_of_one_answer_is_not_anothers(engine_of):
+    prompt = LONG[:6]
+    engine = engine_of()
+    free = tokens_of(engine, (prompt, 5, GREEDY, None))[0][0]
+    (formed, sampled), _ = tokens_of(engine, (prompt, 5, GREEDY, Even()), (prompt, 5, SEEDED, Even()))
+    assert len(formed) == len(sampled) == 5
+    assert not any(token % 2 for token in formed + sampled)
+    (beside, _), _ = tokens_of(engine, (prompt, 5, GREEDY, None), (prompt, 5, SEEDED, Even()))
+    assert beside == free
+    engine.close()
