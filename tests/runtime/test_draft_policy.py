@@ -228,7 +228,7 @@ def test_a_table_that_is_wrong_costs_little_whichever_way(num_requests, share, w
 
 
 def test_drafts_that_a_table_thought_too_dear_are_found_to_pay():
-    dear = replace(BOUND, verify=Curve(((1, 1.0), (2, 1.9), (8, 2.9), (32, 5.0))))
+    dear = replace(BOUND, verify=Curve(((1, 1.0), (2, 2.2), (8, 4.0), (32, 9.0))))
     assert not DraftPolicy(2, dear).choose(1)
     policy = DraftPolicy(2, dear)
     late = [serve(policy, BOUND, 1, 0.8, 1000, random.Random(seed)) for seed in range(3)][-1]
