@@ -109,7 +109,7 @@ class DraftPolicy:
         self.acceptance = Acceptance(most)
         self.is_probe = False
         self._costs = costs
-        self._seconds: dict[tuple[int, int, int], float] = {}
+        self._seconds: dict[tuple[int, int, int, int], float] = {}
         self._hopes: dict[tuple[int, bool], bool] = {}
         self._answers: dict[int, int] = {}  # of `_best` for as long as nothing more is observed
         self._answered_at = 0
@@ -171,7 +171,7 @@ class DraftPolicy:
         self._was_drafted = is_drafted
         if self._costs is None or seconds <= 0 or (is_drafted and not goes_on):
             return
-        expected_s = self._costs.step_s(num_requests, num_tokens) + self._costs.draft_s(num_asked, num_drawn)
+        expected_s = self._step_s(num_requests, num_tokens, num_asked, num_drawn)
         size = num_requests.bit_length()
         plain = self._plain.setdefault(size, Pace())
         if not is_drafted:
@@ -215,7 +215,7 @@ class DraftPolicy:
         slower = self._told.get(num_requests.bit_length(), 1.0)
         if hopes:
             slower = min(1.0, slower)
-        plain_s = self._step_s(num_requests, num_requests, 0)
+        plain_s = self._step_s(num_requests, num_requests, 0, 0)
         best, best_rate = 0, MARGIN * num_requests / plain_s if plain_s > 0 else 0.0
         at_hand = Counter(lengths or ())
         for count in range(1, self.most + 1):
@@ -224,20 +224,22 @@ class DraftPolicy:
             else:
                 num_drafted = sum(times * min(count, length) for length, times in at_hand.items())
                 num_expected = sum(times * expected[min(count, length)] for length, times in at_hand.items())
-            seconds = self._step_s(num_requests, num_requests + num_drafted, count if lengths is None else 0)
+            num_drawn = count if lengths is None else 0
+            seconds = self._step_s(num_requests, num_requests + num_drafted, num_requests, num_drawn)
             rate = (num_requests + num_expected) / max(seconds * slower, 1e-12)
             if rate > best_rate:
                 best, best_rate = count, rate
         return best
 
-    def _step_s(self, num_requests: int, num_tokens: int, num_drawn: int) -> float:
-        """A step of `num_tokens` tokens, and the `num_drawn` tokens drafted for each request before it."""
-        key = (num_requests, num_tokens, num_drawn)
+    def _step_s(self, num_requests: int, num_tokens: int, num_asked: int, num_drawn: int) -> float:
+        """A step of `num_tokens` tokens, and the `num_drawn` drafted for each of `num_asked` requests before
+        it."""
+        key = (num_requests, num_tokens, num_asked, num_drawn)
         seconds = self._seconds.get(key)
         if seconds is None:
             costs = self._costs
             assert costs is not None
-            seconds = costs.step_s(num_requests, num_tokens) + costs.draft_s(num_requests, num_drawn)
+            seconds = costs.step_s(num_requests, num_tokens) + costs.draft_s(num_asked, num_drawn)
             if len(self._seconds) < _MOST_KEPT:
                 self._seconds[key] = seconds
         return seconds
