@@ -64,7 +64,7 @@ def int4_small() -> tuple[Pass, ...]:
 
 def int4_max() -> tuple[Pass, ...]:
     """4-bit weights with zero points in groups of 32, the most sensitive ones at 8 bits, by more descent and
-    more learning from the logits. Half of what is measured before that is left after it."""
+    more learning from the logits."""
     return _with(round_sensitive(0.004))
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,10 +32,11 @@ from judging import JudgeCase, Took, run_judge
 from llmc.compiler.bind import bind_checkpoint
 from llmc.compiler.checkpoint import open_checkpoint
 from llmc.compiler.trace import trace_config
-from llmc.passes.base import PassContext
+from llmc.passes.base import Pass, PassContext
 from llmc.passes.calibration import Calibration
 from llmc.passes.manager import run_passes
 from llmc.passes.pipeline import canonicalise, fuse
+from llmc.passes.quantize.gptq import Gptq
 
 _PRESET, _GROUP = "int4-small", 128
 _LENGTH = 512
@@ -63,14 +66,24 @@ def first_layers(folder: Path, target: Path, layers: int) -> Path:
     return target
 
 
-def own_seconds(folder: Path, sequences: list[list[int]], results: Path) -> Took:
-    """What the passes of the preset take; tracing is left out, as loading is for judges."""
+def own_passes(num_parameters: int, num_tokens: int) -> tuple[Pass, ...]:
+    """The passes of the preset as they work on the whole model: it may be too large to learn from logits."""
+    found: list[Pass] = []
+    for pass_ in without_tables(_PRESET):
+        if isinstance(pass_, Gptq) and pass_.tuning is not None:
+            pass_ = replace(pass_, epochs=pass_.tuning.affordable(num_parameters, num_tokens))
+        found.append(pass_)
+    return tuple(found)
+
+
+def own_seconds(folder: Path, sequences: list[list[int]], passes: Sequence[Pass], results: Path) -> Took:
+    """What `passes` take; tracing is left out, as loading is for judges."""
     checkpoint = open_checkpoint(folder)
     traced = trace_config(checkpoint.config, dtype=checkpoint.dtype, max_context=_LENGTH)
     program = run_passes(bind_checkpoint(traced, checkpoint), (*canonicalise(), *fuse()), PassContext())
     calibration = Calibration(sequences=tuple(map(tuple, sequences)), source="random tokens", folder=results)
     started, own_started = time.perf_counter(), time.process_time()
-    run_passes(program, without_tables(_PRESET), PassContext(calibration=calibration))
+    run_passes(program, passes, PassContext(calibration=calibration))
     return Took(time.perf_counter() - started, time.process_time() - own_started)
 
 
@@ -81,11 +94,14 @@ def take_turns(arguments: argparse.Namespace, case: JudgeCase, scratch: Path) ->
     sequences = torch.randint(_ROWS, (arguments.sequences, _LENGTH), generator=draw).tolist()
     tokens = scratch / "tokens.json"
     tokens.write_text(json.dumps(sequences), encoding="utf-8")
+    whole = open_checkpoint(arguments.model)
+    size = sum(math.prod(tensor.shape) for tensor in whole.tensors.values())
+    passes = own_passes(size, arguments.sequences * _LENGTH)
     found: dict[str, list[Took]] = {case.name: [], f"llmc {_PRESET}": []}
     for turn in range(arguments.rounds):
         found[case.name].append(run_judge(case, model, tokens, scratch / f"judge-{turn}"))
         shutil.rmtree(scratch / f"judge-{turn}")
-        found[f"llmc {_PRESET}"].append(own_seconds(model, sequences, scratch / f"results-{turn}"))
+        found[f"llmc {_PRESET}"].append(own_seconds(model, sequences, passes, scratch / f"results-{turn}"))
         for side, took in found.items():
             print(f"{side:36} {took[-1].wall_s:7.1f} s  {took[-1].cpu_s:7.1f} s on a core", flush=True)
     return found

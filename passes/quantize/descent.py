@@ -12,7 +12,8 @@ from torch import Tensor
 from ...spec.quant import QuantScheme
 from .grid import Grid, by_column, code_range, storable, values_of
 
-_BLOCK = 128
+# Columns whose moves reach all others at once, and those within that reach each other column by column.
+_BLOCK, _INNER = 128, 16
 
 
 def descend(
@@ -23,18 +24,21 @@ def descend(
     `gram` must be positive semidefinite; columns that were never active keep their codes.
     """
     codes_NK = codes_NK.clone()
+    # the error times `gram`, kept up to date by every step: what a column would have to move by, times its
+    # second moment, to be best given all others
+    pull_NK = (weight_NK - values_of(codes_NK, grid, scheme)) @ gram_KK
     for _ in range(rounds):
-        grid = _refit_scales(weight_NK, gram_KK, codes_NK, grid, scheme)
-        _sweep_codes(weight_NK, gram_KK, codes_NK, grid, scheme)
+        grid = _refit_scales(pull_NK, gram_KK, codes_NK, grid, scheme)
+        pull_NK = _sweep_codes(pull_NK, gram_KK, codes_NK, grid, scheme)
     return codes_NK, grid
 
 
 def _refit_scales(
-    weight_NK: Tensor, gram_KK: Tensor, codes_NK: Tensor, grid: Grid, scheme: QuantScheme
+    pull_NK: Tensor, gram_KK: Tensor, codes_NK: Tensor, grid: Grid, scheme: QuantScheme
 ) -> Grid:
-    width = weight_NK.shape[1]
+    """The scales that suit the codes best, group after group; `pull` changes in place."""
+    width = pull_NK.shape[1]
     size = scheme.group_size or width
-    pull_NK = (weight_NK - values_of(codes_NK, grid, scheme)) @ gram_KK
     scales = grid.scales.clone()
     for group in range(scales.shape[1]):
         columns = slice(group * size, min((group + 1) * size, width))
@@ -45,37 +49,43 @@ def _refit_scales(
         gain = (pull_NK[:, columns] * codes).sum(1)
         old = scales[:, group]
         new = storable(torch.where(norm > 0, old + gain / norm, old), scheme, old)
-        pull_NK -= ((new - old)[:, None] * codes) @ gram_KK[columns]
+        pull_NK.addmm_((new - old)[:, None] * codes, gram_KK[columns], alpha=-1)
         scales[:, group] = new
     return Grid(scales, grid.zeros)
 
 
 def _sweep_codes(
-    weight_NK: Tensor, gram_KK: Tensor, codes_NK: Tensor, grid: Grid, scheme: QuantScheme
-) -> None:
-    """One sweep over the columns, in place. `pull` is the error times `gram`: what each column would have
-    to move by, times its second moment, to be best given all others."""
-    width = weight_NK.shape[1]
+    pull_NK: Tensor, gram_KK: Tensor, codes_NK: Tensor, grid: Grid, scheme: QuantScheme
+) -> Tensor:
+    """One sweep over the columns, codes in place; the pull that is left."""
+    width = pull_NK.shape[1]
     low, high = code_range(scheme)
-    values = values_of(codes_NK, grid, scheme)
-    pull_KN = (gram_KK @ (weight_NK - values).T).contiguous()
+    pull_KN = pull_NK.T.contiguous()
     scales_KN = by_column(grid.scales, scheme, width).T.contiguous()
     codes_KN = codes_NK.T.contiguous()
     moments = gram_KK.diagonal()
-    for start in range(0, width, _BLOCK):
-        stop = min(start + _BLOCK, width)
-        pull = pull_KN[start:stop]
-        moved = torch.zeros_like(pull)
-        for column in range(start, stop):
-            moment = float(moments[column])
-            if moment <= 0:
-                continue
-            old = codes_KN[column]
-            new = (old + pull[column - start] / (moment * scales_KN[column])).round_().clamp_(low, high)
-            change = (new - old) * scales_KN[column]
-            codes_KN[column] = new
-            moved[column - start] = change
-            pull.addr_(gram_KK[start:stop, column], change, alpha=-1)
+    for start, stop in _spans(0, width, _BLOCK):
+        moved = torch.zeros_like(pull_KN[start:stop])
+        for first, last in _spans(start, stop, _INNER):
+            pull = pull_KN[first:last]
+            own = moved[first - start : last - start]
+            for column in range(first, last):
+                moment = float(moments[column])
+                if moment <= 0:
+                    continue
+                old = codes_KN[column]
+                new = (old + pull[column - first] / (moment * scales_KN[column])).round_().clamp_(low, high)
+                change = (new - old) * scales_KN[column]
+                codes_KN[column] = new
+                own[column - first] = change
+                pull.addr_(gram_KK[first:last, column], change, alpha=-1)
+            pull_KN[start:first].addmm_(gram_KK[start:first, first:last], own, alpha=-1)
+            pull_KN[last:stop].addmm_(gram_KK[last:stop, first:last], own, alpha=-1)
         pull_KN[:start].addmm_(gram_KK[:start, start:stop], moved, alpha=-1)
         pull_KN[stop:].addmm_(gram_KK[stop:, start:stop], moved, alpha=-1)
     codes_NK.copy_(codes_KN.T)
+    return pull_KN.T.contiguous()
+
+
+def _spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    return [(first, min(first + size, stop)) for first in range(start, stop, size)]

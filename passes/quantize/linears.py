@@ -21,9 +21,9 @@ from .selection import Choice, scheme_of
 from .solved import Result
 from .walk import Walk
 
-# Some rows of the drift of a layer's inputs, as `weight @ d.T @ x` (see `Drift`): all at once would be as
-# large as the weight in float32.
-Pull = Callable[[slice], Tensor]
+# Some rows of what a weight would have to move by to undo the drift of its inputs (see `Drift`):
+# `weight @ d.T @ x @ inverse(gram)`. All at once would be as large as the weight in float32.
+Pull = Callable[[slice, Propagation], Tensor]
 
 
 class Streams(NamedTuple):
@@ -59,7 +59,7 @@ def solve_linears(
 
 
 def _pulls(streams: Streams, x: fx.Node, weights: Mapping[str, Tensor]) -> dict[str, Pull]:
-    """The drift of the inputs of each weight."""
+    """How each weight would have to move."""
     assert streams.before is not None
     counts = [weight.shape[0] for weight in weights.values()]
     width = next(iter(weights.values())).shape[1]
@@ -68,13 +68,29 @@ def _pulls(streams: Streams, x: fx.Node, weights: Mapping[str, Tensor]) -> dict[
     for now, before in zip(streams.now.values(x), streams.before.values(x), strict=True):
         drift.observe(now.reshape(-1, width), before.reshape(-1, width))
     if not small:
-        return {name: partial(_pulled, drift, weight) for name, weight in weights.items()}
+        moved = _Moved(drift)
+        return {name: partial(moved.rows, weight) for name, weight in weights.items()}
     parts = drift.pull(torch.empty(0, width)).split(counts)
-    return {name: part.__getitem__ for name, part in zip(weights, parts, strict=True)}
+    return {name: partial(_solved, part) for name, part in zip(weights, parts, strict=True)}
 
 
-def _pulled(drift: Drift, weight_NK: Tensor, rows: slice) -> Tensor:
-    return drift.pull(weight_NK[rows])
+def _solved(part_NK: Tensor, rows: slice, propagation: Propagation) -> Tensor:
+    return propagation.solve(part_NK[rows])
+
+
+class _Moved:
+    """The drift of inputs as all weights that read them would have to move, `d.T @ x @ inverse(gram)`: found
+    once for many rows."""
+
+    def __init__(self, drift: Drift) -> None:
+        self._drift = drift
+        self._found_KK: Tensor | None = None
+
+    def rows(self, weight_NK: Tensor, rows: slice, propagation: Propagation) -> Tensor:
+        """Some rows of one of these weights."""
+        if self._found_KK is None:
+            self._found_KK = propagation.solve(self._drift.mean())
+        return weight_NK[rows].float() @ self._found_KK
 
 
 class Inputs:
@@ -100,7 +116,7 @@ class Inputs:
         if pull is None or propagation is None or propagation.damping is None:
             return None
         part = self._method.catch_up
-        return lambda rows: weight_NK[rows].float() + part * propagation.solve(pull(rows))
+        return lambda rows: weight_NK[rows].float() + part * pull(rows, propagation)
 
     def _note(self, rounded: Rounded) -> str:
         notes: list[str] = []

@@ -31,10 +31,13 @@ class Drift:
         self._sum.addmm_(left.T, rows_TK.float())
         self._num_rows += rows_TK.shape[0]
 
+    def mean(self) -> Tensor:
+        """The mean of `d.T @ x` `[K, K]`, of `weights @ d.T @ x` where weights were given."""
+        return self._sum / max(1, self._num_rows)
+
     def pull(self, weights_NK: Tensor) -> Tensor:
         """The mean of `weights @ d.T @ x` `[N, K]` for the weights given at first, or any where none were."""
-        mean = self._sum / max(1, self._num_rows)
-        return mean if self._weights is not None else weights_NK.float() @ mean
+        return self.mean() if self._weights is not None else weights_NK.float() @ self.mean()
 
 
 class SecondMoments:

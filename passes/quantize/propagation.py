@@ -13,7 +13,8 @@ from torch import Tensor
 from ...spec.quant import QuantScheme
 from .grid import Grid, by_column, code_range
 
-_BLOCK = 128
+# Columns whose errors reach all later ones at once, and those within that reach each other column by column.
+_BLOCK, _INNER = 128, 16
 # Added to the diagonal, as parts of its mean; the next is tried where a factorisation fails.
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -69,20 +70,25 @@ def _factor(gram: Tensor) -> tuple[Tensor, float | None]:
 def _round_columns(
     weight_KN: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor | None, limits: tuple[int, int]
 ) -> Tensor:
-    """Codes `[K, N]`; `weight` is used up. Errors reach the columns of later blocks once a block."""
+    """Codes `[K, N]`; `weight` is used up. Errors reach the columns of later blocks once a block, large or
+    small."""
     codes_KN = torch.empty_like(weight_KN)
     for start in range(0, weight_KN.shape[0], _BLOCK):
         stop = min(start + _BLOCK, weight_KN.shape[0])
         errors = torch.empty_like(weight_KN[start:stop])
-        for column in range(start, stop):
-            codes = weight_KN[column] / scales[column]
-            if zeros is not None:
-                codes += zeros[column]
-            codes.round_().clamp_(*limits)
-            codes_KN[column] = codes
-            values = (codes if zeros is None else codes - zeros[column]) * scales[column]
-            error = (weight_KN[column] - values) / upper[column, column]
-            errors[column - start] = error
-            weight_KN[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+        for first in range(start, stop, _INNER):
+            last = min(first + _INNER, stop)
+            for column in range(first, last):
+                codes = weight_KN[column] / scales[column]
+                if zeros is not None:
+                    codes += zeros[column]
+                codes.round_().clamp_(*limits)
+                codes_KN[column] = codes
+                values = (codes if zeros is None else codes - zeros[column]) * scales[column]
+                error = (weight_KN[column] - values) / upper[column, column]
+                errors[column - start] = error
+                weight_KN[column + 1 : last].addr_(upper[column, column + 1 : last], error, alpha=-1)
+            own = errors[first - start : last - start]
+            weight_KN[last:stop].addmm_(upper[first:last, last:stop].T, own, alpha=-1)
         weight_KN[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     return codes_KN

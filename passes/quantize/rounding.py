@@ -148,11 +148,16 @@ def _candidates(
 ) -> Iterator[tuple[Tensor, Grid]]:
     grid = search_grid(target_NK, scheme, inputs.gram) if method.search else rtn_grid(target_NK, scheme)
     codes = nearest_codes(target_NK, grid, scheme)
-    yield codes, grid
-    if inputs.propagation is not None and inputs.propagation.damping is not None and method.propagate:
-        codes = inputs.propagation.codes(target_NK, grid, scheme)
+    descends = bool(method.rounds) and inputs.gram is not None
+    if not descends:
         yield codes, grid
-    if method.rounds and inputs.gram is not None:
+    propagation = inputs.propagation
+    if method.propagate and propagation is not None and propagation.damping is not None:
+        codes = propagation.codes(target_NK, grid, scheme)
+        if not descends:
+            yield codes, grid
+    if descends and inputs.gram is not None:
+        # what it starts from is no better, so it need not be tried
         yield descend(target_NK, inputs.gram, codes, grid, scheme, method.rounds)
 
 

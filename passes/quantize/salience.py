@@ -17,6 +17,9 @@ from torch import Tensor
 from ...spec.quant import QuantScheme
 from .grid import nearest_codes, rtn_grid, values_of
 
+# Rows of a weight that are looked at: scales are of columns, so rows spread over all tell as much.
+_MOST_ROWS = 512
+
 
 class Salience(NamedTuple):
     """The best scales `[K]`, the exponent they came from (0: all ones), and the error with and without, as
@@ -36,6 +39,7 @@ def search_salience(
     Not finite errors count as the worst there are, so that the exponent falls back to 0.
     """
     ones = torch.ones_like(power_K)
+    weights = [weight[:: -(-weight.shape[0] // _MOST_ROWS)] for weight in weights]
     plain = _error(weights, ones, power_K, scheme)
     best = Salience(ones, 0.0, plain, plain)
     for step in range(1, steps + 1):

@@ -29,7 +29,7 @@ from ...spec.history import LayerError
 from ...spec.quant import QuantScheme
 
 # Raised whenever the same inputs would give other codes: results of other versions are not taken up.
-_VERSION = 2
+_VERSION = 3
 
 
 class Result(NamedTuple):

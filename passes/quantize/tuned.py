@@ -22,7 +22,9 @@ from .walk import raised
 
 # Of fewer, codes learn the text rather than the model.
 _FEWEST_TOKENS = 16384
+# What is learnt: of 8 bits, a step moves codes and scales further than rounding did.
 _LEARNT = (Role.linear, Role.head)
+_MOST_BITS = 4
 
 
 # Float32 values by weight: exact, codes and scales as they are learnt, gradients, two moments of Adam.
@@ -58,7 +60,11 @@ def tuned_parts(
     tuning = method.tuning
     assert tuning is not None
     chosen = {name: choice for name, choice in choices.items() if choice.scheme is not None}
-    names = [name for name, choice in chosen.items() if choice.role in _LEARNT]
+    names = [
+        name
+        for name, choice in chosen.items()
+        if choice.role in _LEARNT and scheme_of(choice).bits <= _MOST_BITS
+    ]
     num_tokens = calibration.num_tokens
     epochs = tuning.affordable(_size(program), num_tokens)
     if not epochs:
