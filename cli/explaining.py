@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,6 +14,7 @@ from .output import human_bytes, table
 
 if TYPE_CHECKING:
     from ..artifact.schema import Manifest
+    from ..spec.model import ModelSpec
 
 _DEFAULT_PROMPT = "Once upon a time there was a little girl who lived near the forest with her mother."
 
@@ -167,6 +169,13 @@ def describe_trace(path: Path, prompts: tuple[str, ...], reference: str | None, 
     from ..compiler.layer_trace import trace_layers
     from ..runtime.tokenizer import Tokenizer
 
+    if not (math.isfinite(bound) and bound > 0):
+        raise UsageError(
+            "usage.bound",
+            f"--bound is {bound}.",
+            "It is the relative error that a layer may have, a number above 0.",
+            "Choose another, such as 0.25.",
+        )
     artifact = open_artifact(path)
     tokenizer = Tokenizer.from_folder(artifact.tokenizer_folder)
     limit = artifact.manifest.spec.max_context - 1
@@ -179,6 +188,8 @@ def describe_trace(path: Path, prompts: tuple[str, ...], reference: str | None, 
             "Write a longer --prompt.",
         )
     program = portable_program(artifact) if reference is None else reference_program(reference)
+    if reference is not None:
+        _check_same_model(artifact.manifest.spec, program.spec, reference)
     name = "the portable program" if reference is None else reference
     found = trace_layers(artifact, ids, reference=program, reference_name=name, bound=bound)
     rows = [
@@ -195,6 +206,20 @@ def describe_trace(path: Path, prompts: tuple[str, ...], reference: str | None, 
     ]
     header = ("layer", "node", "mean", "deviation", "largest", "error", "code")
     return Description(found.as_dict(), f"{table(rows, header)}\n\n{found.verdict()}")
+
+
+def _check_same_model(own: ModelSpec, other: ModelSpec, reference: str) -> None:
+    """UsageError naming what differs where an artifact is not of the model it is to be held to."""
+    from ..compiler.compare.sides import model_facts
+
+    for what, one, two in model_facts(own, other):
+        if one != two:
+            raise UsageError(
+                "usage.reference",
+                f"The artifact was not compiled from {reference}.",
+                f"They differ in {what}: {one} and {two}.",
+                "Name the model that it was compiled from with --reference, or leave it out.",
+            )
 
 
 def draw_program(path: Path, picture: Path) -> Description:

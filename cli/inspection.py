@@ -27,8 +27,8 @@ class Description(NamedTuple):
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether `path` looks like an artifact rather than a model."""
-    return (path / "manifest.json").exists()
+    """Whether `path` looks like an artifact rather than a model, or was meant to be one."""
+    return path.suffix == ".llmc" or (path / "manifest.json").exists()
 
 
 def describe_artifact(path: Path) -> Description:

@@ -141,11 +141,12 @@ def compare(
         tokenizer = Tokenizer.from_folder(sides[0].artifact.tokenizer_folder)
         limit = min(side.artifact.manifest.spec.max_context for side in sides)
         work = _work(request, tokenizer, limit)
+        texts = _sequences(request, tokenizer, limit, sides[0].artifact.manifest.spec.vocab_size)
         runners = {side.name: partial(make, side) for side in sides}
         samples = _measured(runners, work, request, told, clock)
         told.begin("compare the logits")
         parted = first_divergences(samples, baseline, work.prompts, runners)
-        rows, tokens = _rows(request, sides, baseline, samples, parted, work, tokenizer, limit)
+        rows = _rows(request, sides, baseline, samples, parted, work, tokenizer, texts)
         told.end("compare the logits", 0.0)
     return Comparison(
         baseline=baseline,
@@ -155,7 +156,7 @@ def compare(
         rounds=min(len(found.singles) for found in samples.values()),
         concurrency=request.concurrency,
         num_tokens=request.num_tokens,
-        quality_tokens=tokens,
+        quality_tokens=sum(map(len, texts)),
         seconds=clock() - started,
     )
 
@@ -235,12 +236,10 @@ def _rows(
     parted: Mapping[str, Divergence | None],
     work: Work,
     tokenizer: Tokenizer,
-    limit: int,
-) -> tuple[tuple[Row, ...], int]:
+    texts: Sequence[tuple[int, ...]],
+) -> tuple[Row, ...]:
     programs = {side.name: stored_program(side.artifact) for side in sides}
     reference = _reference(sides, baseline)
-    vocab = sides[0].artifact.manifest.spec.vocab_size
-    texts = _sequences(request, tokenizer, limit, vocab)
     judged = qualities(programs, reference, texts)
     layers = layer_errors(programs, reference, texts[:2])
     rows: list[Row] = []
@@ -260,7 +259,7 @@ def _rows(
                 decisions=sum(len(record.decisions) for record in side.artifact.manifest.history),
             )
         )
-    return tuple(rows), sum(map(len, texts))
+    return tuple(rows)
 
 
 def _values(

@@ -10,9 +10,11 @@ from ...artifact.checksums import sha256_of
 from ...artifact.reader import Artifact, open_unchecked
 from ...artifact.schema import MANIFEST
 from ...spec.errors import UsageError
+from ...spec.model import ModelSpec
 from ..cache.config import CacheConfig
 from ..cache.session import CompileCache
 from ..ledger import Progress
+from ..request import SUFFIX
 from ..source import find_model
 from .made import ORIGINAL, compile_side, recipe_named
 
@@ -46,7 +48,7 @@ def open_sides(request: SideRequest, cache: CompileCache, progress: Progress) ->
     Raises UsageError for fewer than two sides, recipes without a model, and artifacts that do not belong
     to one model and tokenizer, naming what differs.
     """
-    models = [path for path in request.paths if not (Path(path) / MANIFEST).is_file()]
+    models = [path for path in request.paths if not _is_artifact(Path(path))]
     if request.recipes and len(models) != 1:
         raise _usage(
             "compare.recipes",
@@ -80,6 +82,11 @@ def open_sides(request: SideRequest, cache: CompileCache, progress: Progress) ->
     return named
 
 
+def _is_artifact(path: Path) -> bool:
+    """Whether it is, or was meant to be."""
+    return path.suffix == SUFFIX or (path / MANIFEST).is_file()
+
+
 def _check_overrides(request: SideRequest) -> None:
     """Each override must be of a pass that some recipe has; recipes without the pass stay as they are."""
     passes = {pass_.name for recipe in request.recipes for pass_ in recipe_named(recipe).passes}
@@ -110,10 +117,7 @@ def check_alike(sides: Sequence[Side]) -> None:
 
 def _facts(one: Side, two: Side) -> list[tuple[str, object, object]]:
     a, b = one.artifact.manifest, two.artifact.manifest
-    names = ("architecture", "num_layers", "hidden_size", "vocab_size", "num_parameters")
-    facts: list[tuple[str, object, object]] = [
-        (name.replace("_", " "), getattr(a.spec, name), getattr(b.spec, name)) for name in names
-    ]
+    facts = model_facts(a.spec, b.spec)
     weights = [
         {file.sha256 for file in manifest.provenance.files if file.name.endswith(".safetensors")}
         for manifest in (a, b)
@@ -124,6 +128,12 @@ def _facts(one: Side, two: Side) -> list[tuple[str, object, object]]:
     digests = [sha256_of(path)[:12] if path.is_file() else "none" for path in paths]
     facts.append(("the tokenizer", digests[0], digests[1]))
     return facts
+
+
+def model_facts(one: ModelSpec, two: ModelSpec) -> list[tuple[str, object, object]]:
+    """What two specs of one model agree in: name, value of the one, value of the other."""
+    names = ("architecture", "num_layers", "hidden_size", "vocab_size", "num_parameters")
+    return [(name.replace("_", " "), getattr(one, name), getattr(two, name)) for name in names]
 
 
 def _distinct(sides: Sequence[Side]) -> tuple[Side, ...]:

@@ -116,6 +116,20 @@ def test_a_trace_tells_a_pass_from_a_kernel(artifacts):
     assert "first leaves another at layer 1" in found.verdict()
 
 
+@pytest.mark.parametrize("bound", ["nan", "0", "-1", "inf"])
+def test_a_bound_that_is_none_is_refused(artifacts, bound):
+    result = inspect(artifacts["one"], "--trace", "--prompt", "a b c", "--bound", bound)
+    assert result.exit_code == 2
+    assert "a number above 0" in result.output
+
+
+@pytest.mark.slow
+def test_another_model_is_no_reference(artifacts, stories_7m):
+    result = inspect(artifacts["one"], "--trace", "--prompt", "a b c", "--reference", stories_7m)
+    assert result.exit_code == 2
+    assert "They differ in num layers: 2 and 8" in result.output
+
+
 def test_a_prompt_of_one_token_cannot_be_traced(artifacts):
     result = inspect(artifacts["one"], "--trace", "--prompt", "")
     assert result.exit_code == 2

@@ -6,6 +6,7 @@ import json
 import re
 from functools import partial
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -105,11 +106,12 @@ def test_sides_of_different_models_are_refused_with_what_differs(artifacts, stor
         ({"recipes": ("int4",)}, "1 recipes were given for 0 models"),
         ({"num_tokens": 5000}, "5000 tokens do not fit"),
         ({"prompts": ("",)}, "prompts is 1"),
+        ({"data": Path("nobody.txt")}, "The text 'nobody.txt' cannot be read"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(artifacts, changes, message):
+def test_what_cannot_be_meant_is_refused_before_anything_runs(artifacts, changes, message):
     with pytest.raises(UsageError, match=re.escape(message)):
-        compare(request_for(artifacts["plain"], artifacts["eight"], **changes))
+        compare(request_for(artifacts["plain"], artifacts["eight"], **changes), open_runner=pytest.fail)
 
 
 def run(*arguments):
@@ -130,6 +132,12 @@ def test_the_command_line_refuses_in_three_lines(artifacts, arguments, message):
     result = run(artifacts["plain"], *arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_an_artifact_that_is_not_there_is_not_taken_for_a_model(artifacts):
+    result = run(artifacts["plain"], "nobody.llmc")
+    assert result.exit_code == 3
+    assert "There is no artifact at 'nobody.llmc'" in result.output
 
 
 def test_a_recipe_with_a_typo_names_the_closest(stories_1m):
