@@ -11,18 +11,44 @@ import triton.language as tl
 from .overlap import NOT_EARLY, follow
 from .rounding import byte_values
 from .tiles import load_rows, rows_of_tile, scales_of_rows, store_rows, sum_parts, weight_rows
+from .words import byte_values_of_words
 
 
 @triton.jit
-def byte_product(left, right, part, X_FORM: tl.constexpr, FORM: tl.constexpr):
-    """`part` plus the product of codes of the weight and of x, which are values where `X_FORM` is empty."""
-    if X_FORM == "":
-        return tl.dot(byte_values(left, FORM).to(right.dtype), right, part, input_precision="ieee")
-    elif X_FORM == "int8" and FORM == "int8":
-        return tl.dot(left, right, part, out_dtype=tl.int32)
+def load_codes(
+    codes_ptr, held, start, STORED: tl.constexpr, BK: tl.constexpr, FULL: tl.constexpr, PACKED: tl.constexpr
+):
+    """Codes `start` … `start + BK` of rows, as bytes or, `PACKED`, as words of four; 0 outside."""
+    step: tl.constexpr = 4 if PACKED else 1
+    k = start // step + tl.arange(0, BK // step)
+    address = held[:, None] * (STORED // step) + k[None, :]
+    if FULL:
+        return tl.load(codes_ptr + address)
     else:
-        wide = byte_values(left, FORM).to(tl.bfloat16)
-        return tl.dot(wide, byte_values(right, X_FORM).to(tl.bfloat16), part)
+        return tl.load(codes_ptr + address, mask=k[None, :] < STORED // step, other=0)
+
+
+@triton.jit
+def byte_product(
+    codes,
+    x,
+    part,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    X_FORM: tl.constexpr,
+    FORM: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """`part` plus the product of codes of the weight and of x, which are values where `X_FORM` is empty."""
+    if X_FORM == "int8" and FORM == "int8":
+        return tl.dot(codes, x, part, out_dtype=tl.int32)
+    else:
+        if PACKED:
+            left = byte_values_of_words(codes, FORM, BN, BK // 4)
+        else:
+            left = byte_values(codes, FORM).to(tl.bfloat16)
+        right = x if X_FORM == "" else byte_values(x, X_FORM).to(tl.bfloat16)
+        return tl.dot(left.to(right.dtype), right, part, input_precision="ieee")
 
 
 @triton.jit
@@ -48,6 +74,7 @@ def byte_part(
     BK: tl.constexpr,
     X_FORM: tl.constexpr,
     FORM: tl.constexpr,
+    PACKED: tl.constexpr,
     NORM: tl.constexpr,
 ):
     """The sum over groups, or where a row is one group over codes, `first` … `last`; a group's is multiplied
@@ -60,14 +87,10 @@ def byte_part(
     for group in tl.range(0 if inner else first, stop if inner else tl.minimum(last, stop)):
         part = tl.zeros([BN, BM], tl.int32 if integers else tl.float32)
         for at_code in tl.range(first if inner else 0, last if inner else GROUP, BK):
-            k = group * GROUP + at_code + depth
-            address = held[:, None] * STORED + k[None, :]
-            if full:
-                codes = tl.load(codes_ptr + address)
-            else:
-                codes = tl.load(codes_ptr + address, mask=k[None, :] < STORED, other=0)
-            x = load_rows(x_ptr, norm_ptr, row, at, k, M, offset, K, full, NORM)
-            part = byte_product(codes, x, part, X_FORM, FORM)
+            start = group * GROUP + at_code
+            codes = load_codes(codes_ptr, held, start, STORED, BK, full, PACKED)
+            x = load_rows(x_ptr, norm_ptr, row, at, start + depth, M, offset, K, full, NORM)
+            part = byte_product(codes, x, part, BN, BK, X_FORM, FORM, PACKED)
         scale = tl.load(scales_ptr + held * GROUPS + group).to(tl.float32)
         sums += part.to(tl.float32) * scale[:, None]
     return sums
@@ -78,15 +101,15 @@ def linear_bytes(
     x_ptr, codes_ptr, scales_ptr, bias_ptr, y_ptr, norm_ptr, row_scales_ptr, residual_ptr, partial_ptr,
     arrived_ptr, experts_ptr, pairs_ptr, M, eps, offset, x_stride: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, STORED: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, X_FORM: tl.constexpr,
-    FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SHARED: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADDS: tl.constexpr, SPLITS: tl.constexpr,
-    APART: tl.constexpr, PDL: tl.constexpr = NOT_EARLY,
+    FORM: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
+    ADDS: tl.constexpr, SPLITS: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr = NOT_EARLY,
 ):  # fmt: skip
     """`llmc.quantized_linear` over symmetric one-byte codes `[N, STORED]`, scales `[N, GROUPS]`.
 
-    `FORM` is `int8` or `fp8` (e4m3, given as bytes). `X_FORM` is empty where x has values; otherwise x has
-    codes of it, and float32 scales of rows: int8 by int8 is summed in integers, exactly; others as bfloat16,
-    which holds every code. Grid and the rest as `linear`.
+    `FORM` is `int8` or `fp8` (e4m3, given as bytes); `PACKED` are given as words of four. `X_FORM` is empty
+    where x has values; otherwise x has codes of it, and float32 scales of rows: int8 by int8 is summed in
+    integers, exactly; others as bfloat16, which holds every code. Grid and the rest as `linear`.
     """
     follow(PDL)
     taken = rows_of_tile(experts_ptr, pairs_ptr, M, x_stride, BM, SHARED)
@@ -96,7 +119,7 @@ def linear_bytes(
     if SHARED > 0:
         stop = tl.where(expert < 0, 0, GROUPS)
         first_row = tl.maximum(expert, 0).to(tl.int64) * N
-        codes_ptr += first_row * STORED
+        codes_ptr += first_row * (STORED // 4 if PACKED else STORED)
         scales_ptr += first_row * GROUPS
         if HAS_BIAS:
             bias_ptr += first_row
@@ -111,7 +134,7 @@ def linear_bytes(
     for part in tl.range(0, 1 if APART else SPLITS):
         first = own + part * each
         place = (first, tl.minimum(first + each, whole), stop, M, offset)
-        sums += byte_part(*given, *place, K, STORED, GROUPS, GROUP, BM, BN, BK, X_FORM, FORM, NORM)
+        sums += byte_part(*given, *place, K, STORED, GROUPS, GROUP, BM, BN, BK, X_FORM, FORM, PACKED, NORM)
     if APART:
         sums, M = sum_parts(partial_ptr, arrived_ptr, sums, row, M, SPLITS, BN, BM)
     if NORM != "":

@@ -185,10 +185,13 @@ class CudaProducts:
         last = {"bias_ptr": bias, "y_ptr": y}
         last |= self._around(rows, row_scales, norm, around, tile, parts, routing, y)
         if parsed.bits == 8:
-            own = codes.view(uint8_of(codes)) if parsed.code_type == "fp8" else codes
+            x_form = parse_activation(activation).codes if activation else ""  # pyright: ignore[reportOptionalMemberAccess]
+            form, width = _form(parsed), codes.shape[-1]
+            # Integers of both sides are multiplied as they are; other codes become values, four at a time.
+            packed = width % 4 == 0 and (x_form, form) != ("int8", "int8")
+            own = codes.view(int32_of(scales)) if packed else _as_bytes(codes)
             values = {"x_ptr": rows, "codes_ptr": own, "scales_ptr": scales} | last
-            stored = {"STORED": codes.shape[-1], "FORM": _form(parsed), "BK": _depth(group)}
-            stored["X_FORM"] = parse_activation(activation).codes if activation else ""  # pyright: ignore[reportOptionalMemberAccess]
+            stored = {"STORED": width, "FORM": form, "PACKED": packed, "BK": _depth(group), "X_FORM": x_form}
             self._matrix(BYTES, tile, values, shape | stored)
             return
         values = {"x_ptr": rows, "words_ptr": codes, "scales_ptr": scales, "zeros_ptr": zeros} | last
@@ -326,6 +329,11 @@ def group_of(scheme: QuantScheme, width: int) -> int:
 def _form(scheme: QuantScheme) -> str:
     """What the one-byte codes of a weight are."""
     return "int8" if scheme.code_type == "int" else "fp8"
+
+
+def _as_bytes(codes: Any) -> Any:
+    """e4m3 by its bits, which not every GPU has the type for."""
+    return codes if str(codes.dtype) == "torch.int8" else codes.view(uint8_of(codes))
 
 
 def _int8(x: Any) -> Any:

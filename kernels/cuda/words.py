@@ -28,7 +28,40 @@ def word_pairs(words, DIGIT: tl.constexpr, ROWS: tl.constexpr):
     0x4300 is 128 in bfloat16, whose last 7 bits then count in ones (after Kim et al. 2022, "Who says
     elephants can't run").
     """
-    both = ((words >> (4 * DIGIT)) & 0x000F000F) | 0x43004300
+    pair = halves(((words >> (4 * DIGIT)) & 0x000F000F) | 0x43004300)
+    return tl.join(pair[0], pair[1]).reshape(ROWS, 32)
+
+
+@triton.jit
+def byte_values_of_words(words, FORM: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """The values of one-byte codes (int8 or e4m3, `FORM`) as bfloat16 `[ROWS, 4 * WORDS]`, from int32
+    `words[ROWS, WORDS]` of four neighbours each; exactly, by integer operations on two at a time."""
+    even = byte_pair(words & 0x00FF00FF, FORM)
+    odd = byte_pair((words >> 8) & 0x00FF00FF, FORM)
+    first = tl.join(even[0], even[1])
+    second = tl.join(odd[0], odd[1])
+    return tl.join(first, second).reshape(ROWS, 4 * WORDS)
+
+
+@triton.jit
+def byte_pair(both, FORM: tl.constexpr):
+    """The codes in the two halves of each of `both` as bfloat16."""
+    low = both & 0x007F007F
+    sign = both & 0x00800080
+    if FORM == "int8":
+        # 128 plus the low bits, less 128 or 256: 0x4300 and 0x4380.
+        values = halves(low | 0x43004300)
+        lifts = halves(sign | 0x43004300)
+        return values[0] - lifts[0], values[1] - lifts[1]
+    else:
+        # e4m3's fields where bfloat16 has its own, whose exponent's bias is 120 higher.
+        values = halves((sign << 8) | (low << 4))
+        bias = tl.full([1, 1], 1.329227995784916e36, tl.bfloat16)
+        return values[0] * bias, values[1] * bias
+
+
+@triton.jit
+def halves(both):
+    """Low and high half of 32 bits as bfloat16."""
     low = both.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    high = (both >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return tl.join(low, high).reshape(ROWS, 32)
+    return low, (both >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

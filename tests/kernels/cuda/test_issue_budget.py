@@ -84,8 +84,8 @@ CASES = {
     "int4_g32": (lambda: words(32), 512, 4.6),
     "bf16": (dense, 128, 2.2),
     "bf16_normed": (lambda: dense(norm=True), 128, 5.2),
-    "int8_g32": (lambda: code_bytes("int8_g32", K // 32), 32, 12.5),
-    "fp8": (lambda: code_bytes("fp8_channel", 1), 128, 9.0),
+    "int8_g32": (lambda: code_bytes("int8_g32", K // 32), 32, 10.5),
+    "fp8": (lambda: code_bytes("fp8_channel", 1), 128, 6.0),
 }
 FAST = ("int4_g128",)
 
