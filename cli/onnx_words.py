@@ -31,7 +31,7 @@ def onnx_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if not facts:
         return []
     rows = [
-        ("graph", f"ONNX opset {facts['opset']}, IR version {facts['ir_version']}"),
+        ("graph", f"ONNX opset {facts['opset']}, IR version {facts['ir_version']}, computed in float32"),
         ("operators", ", ".join(f"{count} {name}" for name, count in facts["operators"].items())),
         *(("note", note) for note in facts["notes"]),
         (
