@@ -13,6 +13,7 @@ matrices behind it is made 30 times larger, its inverse folded into the matrices
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import shutil
@@ -177,10 +178,25 @@ class Bench:
         return self.judged[name]
 
     def _add(self, name: str, row: dict[str, object], seconds: float) -> None:
-        self.rows[name] = row | {"quantise_s": seconds}
+        when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        about = {"date": when, "calibration_sequences": len(self.calibration.sequences)}
+        self.rows[name] = row | {"quantise_s": seconds} | about
         ratio, kl, same_top = numbers(self.judged[name])
         found = f"ratio {ratio:.5f}  kl {kl:.5f}  same top {same_top:.4f}  {seconds:6.1f} s"
         print(f"{name:46} {found}  {row.get('recovered', '')}  {row['bars']}", flush=True)
+
+
+def earlier_rows(record: Record) -> dict[str, dict[str, object]]:
+    """The rows of the record that is to be replaced, each with the date it was measured on."""
+    path = record.folder / f"{record.name}.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    about = {
+        "date": found["date"],
+        "calibration_sequences": found["results"].get("calibration_sequences"),
+    }
+    return {name: about | row for name, row in found["results"]["cases"].items()}
 
 
 def main() -> None:
@@ -194,7 +210,9 @@ def main() -> None:
     parser.add_argument("--planted", action="store_true")
     parser.add_argument("--judge", action="append", default=[], metavar="TOOLKIT=PYTHON")
     parser.add_argument(
-        "--only", default="", help="Names of cases, separated by commas; baselines always run."
+        "--only",
+        default="",
+        help="Names of cases, separated by commas; baselines always run, of others earlier rows stay.",
     )
     parser.add_argument("--skip", default="", help="Names of cases to leave out, separated by commas.")
     parser.add_argument("--most-windows", type=int, default=0, help="Use only so many windows of the text.")
@@ -215,6 +233,8 @@ def main() -> None:
     record = Record(f"quality_{arguments.model.name}{kinds}")
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(arguments, Path(scratch))
+        if wanted:
+            bench.rows = earlier_rows(record)
         works = [partial(bench.measure_judge, rival) for rival in rivals if chosen(rival.name)]
         works += [partial(bench.measure, case) for case in cases() if chosen(case.name)]
         for number, work in enumerate(works, 1):
@@ -224,7 +244,6 @@ def main() -> None:
                 {
                     "model": arguments.model.name,
                     "complete": number == len(works),
-                    "calibration_sequences": len(bench.calibration.sequences),
                     "cases": bench.rows,
                     "peak_memory_bytes": peak_memory_bytes(),
                 }

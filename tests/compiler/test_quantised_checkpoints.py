@@ -355,6 +355,10 @@ def test_linears_with_inputs_in_different_orders_stay_apart(tmp_path):
         ("packed", {"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ("packed", {"config_groups": {}}, "no config_groups"),
         ("fp8_blocks", {"fmt": "e5m2"}, "'e5m2'"),
+        ("packed", {"quant_method": "mxfp4"}, "already quantised (mxfp4)"),
+        ("packed", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "already quantised (modelopt)"),
+        ("packed", {"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
+        ("packed", {"format": "mxfp4-pack-quantized"}, "'mxfp4-pack-quantized'"),
     ],
 )
 def test_what_cannot_be_read_is_named(form, change, told, tmp_path):
