@@ -12,6 +12,11 @@ LLMC_BEGIN
 template <class S>
 constexpr int kDotRows = (LLMC_AVX512 ? 8 : 4) / S::Limbs;
 
+// Which cache a pass asks weights into, `ahead` bytes along their stream: the first where each tile is read once, the
+// second where several passes read it, the later of which ask for the next tile.
+enum class Ask { kFirst, kSecond };
+constexpr int kPrefetchBytes = 1024;
+
 // Where the limbs, sums and scales of M rows start.
 template <class S, int M>
 struct RowPointers {

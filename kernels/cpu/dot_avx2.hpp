@@ -45,14 +45,15 @@ LLMC_INLINE void unit_sums(const uint8_t* codes, const int8_t* const* limbs, int
   }
 }
 
-template <class S, int M>
-LLMC_INLINE void tile_dot(const uint8_t* tile, const RowPointers<S, M>& rows, int64_t groups, float* out) {
+template <class S, Ask, int M>
+LLMC_INLINE void tile_dot(const uint8_t* tile, const RowPointers<S, M>& rows, int64_t groups, int64_t ahead,
+                          float* out) {
   constexpr int R = M * S::Limbs;
   for (int i = 0; i < M * kTileRows; i += 16) store(out + i, zero());
   for (int64_t unit = 0; unit < groups * S::kUnits; ++unit) {
     const uint8_t* record = tile + unit / S::kUnits * S::kRecord;
     const uint8_t* codes = record + S::kHeader + unit % S::kUnits * S::kUnitBytes;
-    for (size_t line = 0; line < S::kUnitBytes; line += 64) prefetch(codes + 1024 + line);
+    for (size_t line = 0; line < S::kUnitBytes; line += 64) prefetch(codes + ahead + line);
     for (int q = 0; q < 4; ++q) {
       __m256i sum[R];
       const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(record + q * 16));

@@ -3,8 +3,6 @@
 
 LLMC_BEGIN
 
-constexpr int kPrefetchBytes = 1024;  // ahead along the weight stream
-
 // acc += four unsigned codes times four signed activations, in each dword. Inline assembly, because GCC 12
 // does not fold a broadcast into the instruction and spills what it hoists instead.
 LLMC_INLINE void dot4(__m512i& acc, __m512i codes, const int8_t* four) {
@@ -18,9 +16,15 @@ LLMC_INLINE __m512i scale_zero(const uint8_t* zeros, int32_t total) {
   return _mm512_mullo_epi32(z, _mm512_set1_epi32(-total));
 }
 
+template <Ask A>
+LLMC_INLINE void ask_weights(const uint8_t* address) {
+  if (A == Ask::kFirst) prefetch(address);
+  else prefetch_l2(address);
+}
+
 // sum[J][R] += codes * limbs over one unit, for halves j ... j + J - 1.
-template <class S, int R, int J>
-LLMC_INLINE void unit_sums(const uint8_t* codes, const int8_t* const* limbs, int64_t offset, int j,
+template <class S, Ask A, int R, int J>
+LLMC_INLINE void unit_sums(const uint8_t* codes, const int8_t* const* limbs, int64_t offset, int j, int64_t ahead,
                            __m512i (&sum)[J][R]) {
   const __m512i mask = _mm512_set1_epi8(15);
   constexpr int kSpan = S::Bits == 4 ? 8 : 4;
@@ -28,8 +32,8 @@ LLMC_INLINE void unit_sums(const uint8_t* codes, const int8_t* const* limbs, int
   for (int k = 0; k < S::Unit; k += kSpan) {
     const uint8_t* vectors = codes + k / kSpan * 128;
     if (j == 0) {
-      prefetch(vectors + kPrefetchBytes);
-      prefetch(vectors + kPrefetchBytes + 64);
+      ask_weights<A>(vectors + ahead);
+      ask_weights<A>(vectors + ahead + 64);
     }
 #pragma GCC unroll 2
     for (int h = 0; h < J; ++h) {
@@ -45,15 +49,16 @@ LLMC_INLINE void unit_sums(const uint8_t* codes, const int8_t* const* limbs, int
   }
 }
 
-template <class S, int M>
-LLMC_INLINE void tile_dot(const uint8_t* tile, const RowPointers<S, M>& rows, int64_t groups, float* out) {
+template <class S, Ask A, int M>
+LLMC_INLINE void tile_dot(const uint8_t* tile, const RowPointers<S, M>& rows, int64_t groups, int64_t ahead,
+                          float* out) {
   constexpr int R = M * S::Limbs, J = R <= 4 ? 2 : 1;
   __m512 acc[2][M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) acc[0][m] = acc[1][m] = _mm512_setzero_ps();
   const uint8_t* record = tile;
   for (int64_t group = 0; group < groups; ++group, record += S::kRecord) {
-    prefetch(record + kPrefetchBytes);
+    ask_weights<A>(record + ahead);
 #pragma GCC unroll 4
     for (int u = 0; u < S::kUnits; ++u) {
       const int64_t unit = group * S::kUnits + u;
@@ -66,7 +71,7 @@ LLMC_INLINE void tile_dot(const uint8_t* tile, const RowPointers<S, M>& rows, in
           for (int r = 0; r < R; ++r)
             sum[h][r] = S::Zeros ? scale_zero(record + 64 + (j + h) * 16, rows.sums[r][unit])
                                  : _mm512_set1_epi32(-S::kOffset * rows.sums[r][unit]);
-        unit_sums<S, R, J>(record + S::kHeader + u * S::kUnitBytes, rows.codes, unit * S::Unit, j, sum);
+        unit_sums<S, A, R, J>(record + S::kHeader + u * S::kUnitBytes, rows.codes, unit * S::Unit, j, ahead, sum);
 #pragma GCC unroll 2
         for (int h = 0; h < J; ++h) {
           const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(record + (j + h) * 32));

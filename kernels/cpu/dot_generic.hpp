@@ -22,8 +22,9 @@ LLMC_INLINE void unit_sums(const uint8_t* codes, const int8_t* limb, int32_t* LL
 }
 
 // out[M][32] = tile * rows, for `groups` groups.
-template <class S, int M>
-LLMC_INLINE void tile_dot(const uint8_t* tile, const RowPointers<S, M>& rows, int64_t groups, float* out) {
+template <class S, Ask, int M>
+LLMC_INLINE void tile_dot(const uint8_t* tile, const RowPointers<S, M>& rows, int64_t groups, int64_t,
+                          float* out) {
   for (int i = 0; i < M * kTileRows; ++i) out[i] = 0.0f;
   for (int64_t unit = 0; unit < groups * S::kUnits; ++unit) {
     const uint8_t* record = tile + unit / S::kUnits * S::kRecord;

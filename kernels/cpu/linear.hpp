@@ -59,9 +59,10 @@ struct Product {
 };
 
 // Rows [first, last), a multiple of M of them, with each of some tiles. Passes of M rows stay in here: what a call
-// costs is a tenth of a pass over a narrow matrix.
-template <class S, int M, Into I>
-LLMC_KERNEL void dot_tiles(const Product& p, int64_t first, int64_t last, int64_t tile_begin, int64_t tile_end) {
+// costs is a tenth of a pass over a narrow matrix. The first pass asks for weights `ahead` bytes on, others `later`.
+template <class S, int M, Into I, Ask A>
+LLMC_KERNEL void dot_tiles(const Product& p, int64_t first, int64_t last, int64_t tile_begin, int64_t tile_end,
+                           int64_t ahead, int64_t later) {
   const size_t bytes = S::tile_bytes(p.in_features);
   alignas(64) float acc[M * kTileRows];
   RowPointers<S, M> rows = row_pointers<S, M>(p.x, p.index, first);
@@ -73,32 +74,35 @@ LLMC_KERNEL void dot_tiles(const Product& p, int64_t first, int64_t last, int64_
       float* y = p.y + row * p.ldy + column;
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) prefetch_tile_row(y + m * p.ldy);
-      tile_dot<S, M>(p.weight + tile * bytes, rows, S::groups(p.in_features), acc);
+      tile_dot<S, A>(p.weight + tile * bytes, rows, S::groups(p.in_features), row == first ? ahead : later, acc);
       for (int m = 0; m < M; ++m) put_tile<I>(acc + m * kTileRows, bias, y + m * p.ldy, p.out_features - column);
     }
   }
 }
 
-// Rows [first, last), at most kDotRows<S>.
-template <class S, Into I, int M = kDotRows<S>>
-LLMC_INLINE void dot_rows(const Product& p, int64_t first, int64_t last, int64_t tile_begin, int64_t tile_end) {
-  if (last - first == M) return dot_tiles<S, M, I>(p, first, last, tile_begin, tile_end);
-  if constexpr (M > 1) dot_rows<S, I, M - 1>(p, first, last, tile_begin, tile_end);
+// Rows [first, last), at most kDotRows<S>, in one pass.
+template <class S, Into I, Ask A, int M = kDotRows<S>>
+LLMC_INLINE void dot_rows(const Product& p, int64_t first, int64_t last, int64_t tile_begin, int64_t tile_end,
+                          int64_t ahead) {
+  if (last - first == M) return dot_tiles<S, M, I, A>(p, first, last, tile_begin, tile_end, ahead, ahead);
+  if constexpr (M > 1) dot_rows<S, I, A, M - 1>(p, first, last, tile_begin, tile_end, ahead);
 }
 
-// Rows [first, last) in passes of `chunk` rows and one of the rest, tile by tile.
+// Rows [first, last) in passes of `chunk` rows, more than half of kDotRows<S>, and one of the rest, tile by tile.
 template <class S, Into I, int M = kDotRows<S>>
 LLMC_INLINE void dot_block(const Product& p, int64_t first, int64_t last, int64_t chunk, int64_t tile_begin,
                            int64_t tile_end) {
   if (chunk == M) {
-    const int64_t whole = first + (last - first) / M * M;
+    const int64_t whole = first + (last - first) / M * M, bytes = static_cast<int64_t>(S::tile_bytes(p.in_features));
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-      if (whole > first) dot_tiles<S, M, I>(p, first, whole, tile, tile + 1);
-      if (whole < last) dot_rows<S, I>(p, whole, last, tile, tile + 1);
+      const int64_t later = tile + 1 < tile_end ? bytes : kPrefetchBytes;
+      if (whole > first) dot_tiles<S, M, I, Ask::kSecond>(p, first, whole, tile, tile + 1, kPrefetchBytes, later);
+      const int64_t ahead = whole > first ? later : kPrefetchBytes;
+      if (whole < last) dot_rows<S, I, Ask::kSecond>(p, whole, last, tile, tile + 1, ahead);
     }
     return;
   }
-  if constexpr (M > 1) dot_block<S, I, M - 1>(p, first, last, chunk, tile_begin, tile_end);
+  if constexpr (2 * (M - 1) > kDotRows<S>) dot_block<S, I, M - 1>(p, first, last, chunk, tile_begin, tile_end);
 }
 
 #if LLMC_AMX
@@ -139,7 +143,7 @@ inline void linear_tiles(const Product& p, int64_t tile_begin, int64_t tile_end)
 #if LLMC_AMX
   if (p.rows >= kAmxRows && !p.index) return amx_tiles<S, I>(p, tile_begin, tile_end);
 #endif
-  if (p.rows <= kDotRows<S>) return dot_rows<S, I>(p, 0, p.rows, tile_begin, tile_end);
+  if (p.rows <= kDotRows<S>) return dot_rows<S, I, Ask::kFirst>(p, 0, p.rows, tile_begin, tile_end, kPrefetchBytes);
   const int64_t chunk = row_chunk(p.rows, kDotRows<S>), block = row_block(chunk, S::Limbs * p.x.code_stride);
   for (int64_t begin = 0; begin < p.rows; begin += block)
     dot_block<S, I>(p, begin, begin + block < p.rows ? begin + block : p.rows, chunk, tile_begin, tile_end);
