@@ -99,6 +99,21 @@ def test_steps_give_the_same_bits_on_any_number_of_threads(emitted):
     assert len(results) == 1
 
 
+def test_a_forked_child_goes_on_with_the_same_bits(emitted):
+    library = build(emitted, best_level(), "plain")
+    before, after, childs = drive(emitted, library, "forked", 12, fresh_seed(), 3)
+    assert childs == after != before
+
+
+def test_engines_of_one_process_do_not_meet(emitted):
+    """Four of one library, with other numbers of threads each, called at once; one ends before the others."""
+    library, seed = build(emitted, best_level(), "plain"), fresh_seed()
+    alone, again, _ = drive(emitted, library, "forked", 12, seed, 1)
+    found = drive(emitted, library, "engines", 12, seed, 3)
+    assert found[:4] == [alone] * 4
+    assert found[4:] == [again] * 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["valid", "hostile"])
 @pytest.mark.parametrize("which", [0, -1])
