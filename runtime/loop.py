@@ -7,14 +7,25 @@ import atexit
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 from ..spec.errors import InternalError, LlmcError, RequestError
 from .engine import Engine
+from .outputs import StreamChunk
 from .request import FinishReason
-from .response_cache import ResponseCache
+from .response_cache import Recorder, ReplayChunk, ResponseCache
 from .session import Session
 
 Command = Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Making:
+    """A response that is being made and written down, and who else asked for it meanwhile."""
+
+    recorder: Recorder
+    followers: list[Session] = field(default_factory=list[Session])
 
 
 class EngineLoop:
@@ -30,6 +41,7 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._sessions: dict[int, Session] = {}
         self._by_name: dict[str, Session] = {}
+        self._making: dict[bytes, _Making] = {}
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._is_closed = False
@@ -120,6 +132,7 @@ class EngineLoop:
             self._sessions.pop(request.request_id, None)
         self._by_name.pop(session.request_id, None)
         session.fail(error)
+        self._let_go(session)
 
     def _forget(self, number: int) -> None:
         session = self._sessions.pop(number, None)
@@ -128,7 +141,21 @@ class EngineLoop:
         self._by_name.pop(session.request_id, None)
         if self._responses is not None and session.recorder is not None:
             self._responses.keep(session.recorder)
-            session.recorder = None
+        self._let_go(session)
+
+    def _let_go(self, session: Session) -> None:
+        """It writes nothing down any more. Followers who have not got all of it go on by themselves."""
+        if session.recorder is None:
+            return
+        making = self._making.pop(session.recorder.key)
+        session.recorder = session.relay = None
+        for follower in making.followers:
+            self._by_name.pop(follower.request_id, None)
+            if follower.open_ids and self._is_closed:
+                follower.abandon()
+            elif follower.open_ids:
+                follower.start_over()
+                self._add(follower)
 
     def _add(self, session: Session) -> None:
         if self._failure is not None:
@@ -143,18 +170,44 @@ class EngineLoop:
                     "Names must be unique while a request lives.",
                     "Choose another request_id, or leave it out.",
                 )
-            if self._replay(session):
+            if self._follow(session) or self._replay(session):
                 return
             for request in session.requests:
-                self._engine.add_request(request)
-                added.append(request.request_id)
+                if request.request_id in session.open_ids:
+                    self._engine.add_request(request)
+                    added.append(request.request_id)
         except LlmcError as error:
             for number in added:
                 self._engine.abort(number)
             session.fail(error)
+            self._let_go(session)
             return
         self._by_name[session.request_id] = session
         self._sessions.update(dict.fromkeys(added, session))
+
+    def _follow(self, session: Session) -> bool:
+        """Lets a session hear the response that is being made to the same request. A deadline would be the
+        engine's to watch, so who has one asks for himself."""
+        if self._responses is None or session.response_key is None or session.has_deadline:
+            return False
+        making = self._making.get(session.response_key)
+        chunks = self._responses.join(making.recorder) if making is not None else None
+        if making is None or chunks is None:
+            return False
+        making.followers.append(session)
+        self._by_name[session.request_id] = session
+        session.replay(chunks)
+        return True
+
+    def _relay(self, making: _Making, chunk: StreamChunk) -> None:
+        news = [ReplayChunk.of(chunk)]
+        for follower in tuple(making.followers):
+            try:
+                follower.replay(news)
+            except Exception as error:  # noqa: BLE001 - a caller that breaks must not end who is followed
+                making.followers.remove(follower)
+                self._by_name.pop(follower.request_id, None)
+                follower.fail(error)
 
     def _replay(self, session: Session) -> bool:
         """Answers with the response that the same request had before. False where none is known: then it is
@@ -163,23 +216,38 @@ class EngineLoop:
             return False
         chunks = self._responses.get(session.response_key)
         if chunks is None:
-            session.recorder = self._responses.recorder(session.response_key)
+            # Who has followed may know some completions to their end already, and makes only the others.
+            is_whole = len(session.open_ids) == len(session.requests)
+            if is_whole and session.response_key not in self._making:
+                session.recorder = self._responses.recorder(session.response_key)
+                making = self._making[session.response_key] = _Making(session.recorder)
+                session.relay = partial(self._relay, making)
             return False
         session.replay(chunks)
         return True
 
     def _abort(self, request_id: str) -> None:
         session = self._by_name.get(request_id)
-        for number in session.open_ids if session is not None else ():
+        if session is None:
+            return
+        for making in self._making.values():
+            if session in making.followers:
+                making.followers.remove(session)
+                del self._by_name[request_id]
+                session.abandon()
+                return
+        for number in session.open_ids:
             self._engine.abort(number)
 
     def _fail(self, error: Exception) -> None:
         """The engine can no longer be trusted: every caller is told, and none is served from now on."""
         self._failure = error
-        for session in {id(each): each for each in self._sessions.values()}.values():
+        living = (*self._sessions.values(), *self._by_name.values())
+        for session in {id(each): each for each in living}.values():
             session.fail(error)
         self._sessions.clear()
         self._by_name.clear()
+        self._making.clear()
 
     def _shut_down(self) -> None:
         self._engine.close()

@@ -84,7 +84,7 @@ class Recorder:
         self._num_chunks += 1
 
     def response(self) -> bytes | None:
-        """The response as bytes; None for one that must not be kept."""
+        """The response so far as bytes; None for one that must not be kept."""
         if not self._is_whole:
             return None
         return _ARRAY_32 + self._num_chunks.to_bytes(4, "big") + bytes(self._data)
@@ -109,13 +109,22 @@ class ResponseCache:
         self._stats.num_hits += 1
         return self._decoder.decode(response)
 
+    def join(self, recorder: Recorder) -> tuple[ReplayChunk, ...] | None:
+        """What has come so far of a response that is being made, for somebody else who asks for it: a hit.
+        None where it is not written down."""
+        response = recorder.response()
+        if response is None:
+            return None
+        self._stats.num_hits += 1
+        return self._decoder.decode(response)
+
     def recorder(self, key: bytes) -> Recorder:
         """To write down the response to a request that was missed."""
         return Recorder(key, self._max_bytes)
 
     def keep(self, recorder: Recorder) -> None:
-        """Takes a finished response, and lets older ones go for it. One that is held already stays: the
-        same request, asked twice at once, has the same response."""
+        """Takes a finished response, and lets older ones go for it. One that is held already stays: it is the
+        same."""
         response = recorder.response()
         if response is None or recorder.key in self._responses:
             return

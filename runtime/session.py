@@ -4,7 +4,7 @@ way. Knows text and tokens; no threads, no scheduling."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from .detokenize import Detokenizer
 from .outputs import StreamChunk
@@ -14,6 +14,7 @@ from .response_cache import Recorder, ReplayChunk
 from .stops import StopMatcher
 from .tokenizer import Tokenizer
 
+_BAD_ENDINGS = (FinishReason.ABORT, FinishReason.TIMEOUT, FinishReason.ERROR)
 Sink = Callable[["StreamChunk | Exception"], None]
 
 
@@ -50,20 +51,52 @@ class TextState:
 
 
 @dataclass(slots=True)
+class _Amount:
+    """How much of a completion."""
+
+    text: int = 0
+    tokens: int = 0
+    prompt_logprobs: int = 0
+
+
+@dataclass(slots=True)
 class _Completion:
-    """One of the `n` engine requests of a session."""
+    """One of the `n` engine requests of a session. `told` is what its caller has, and `skipped` what of that
+    is still to come a second time."""
 
     index: int
     request: Request
     text: TextState
     is_open: bool = True
+    told: _Amount = field(default_factory=_Amount)
+    skipped: _Amount = field(default_factory=_Amount)
+
+    def news(self, chunk: StreamChunk) -> StreamChunk:
+        """`chunk` without what the caller has."""
+        skipped, told = self.skipped, self.told
+        text, tokens = min(skipped.text, len(chunk.text)), min(skipped.tokens, len(chunk.token_ids))
+        prompt = min(skipped.prompt_logprobs, len(chunk.prompt_logprobs))
+        if text or tokens or prompt:
+            chunk = replace(
+                chunk,
+                text=chunk.text[text:],
+                token_ids=chunk.token_ids[tokens:],
+                logprobs=chunk.logprobs[tokens:],
+                prompt_logprobs=chunk.prompt_logprobs[prompt:],
+            )
+            skipped.text, skipped.tokens = skipped.text - text, skipped.tokens - tokens
+            skipped.prompt_logprobs -= prompt
+        told.text, told.tokens = told.text + len(chunk.text), told.tokens + len(chunk.token_ids)
+        told.prompt_logprobs += len(chunk.prompt_logprobs)
+        return chunk
 
 
 class Session:
     """Turns what the engine says about a caller's `n` requests into chunks for `sink`.
 
     Every completion ends exactly once, with a chunk that has a `finish_reason`. `response_key` is what a
-    deterministic response is known by, None for any other; `recorder`, where set, hears every chunk too.
+    deterministic response is known by, None for any other; `recorder`, where set, hears every chunk too, and
+    `relay` every one but bad endings.
     """
 
     def __init__(
@@ -82,6 +115,7 @@ class Session:
         self._clock = clock
         self.response_key = response_key
         self.recorder: Recorder | None = None
+        self.relay: Callable[[StreamChunk], None] | None = None
         self._completions = {
             request.request_id: _Completion(
                 index, request, TextState(tokenizer, request.prompt_token_ids, params)
@@ -93,6 +127,10 @@ class Session:
     def open_ids(self) -> tuple[int, ...]:
         """Engine requests that have not ended for the caller."""
         return tuple(number for number, each in self._completions.items() if each.is_open)
+
+    @property
+    def has_deadline(self) -> bool:
+        return self.requests[0].deadline_s is not None
 
     def take(self, output: RequestOutput) -> bool:
         """Passes on one engine output. True when the text met a stop string, so that the engine must
@@ -135,17 +173,21 @@ class Session:
             )
             if self.recorder is not None:
                 self.recorder.add(chunk)
-            self._sink(chunk)
+            self._pass_on(completion, chunk)
+            if self.relay is not None and reason not in _BAD_ENDINGS:
+                self.relay(chunk)
         return matched is not None and finished is None
 
     def replay(self, chunks: Sequence[ReplayChunk]) -> None:
-        """Tells a whole response that is known already, in the pieces it was made in."""
+        """Tells what is known of the response already, in the pieces it was made in."""
         num_prompt_tokens = self.requests[0].num_prompt_tokens
         now_s = self._clock()
-        for completion in self._completions.values():
-            completion.is_open = False
+        completions = list(self._completions.values())
         for chunk in chunks:
-            self._sink(
+            completion = completions[chunk.index]
+            completion.is_open = chunk.finish_reason is None
+            self._pass_on(
+                completion,
                 StreamChunk(
                     request_id=self.request_id,
                     index=chunk.index,
@@ -159,8 +201,33 @@ class Session:
                     admitted_s=now_s,
                     time_s=now_s,
                     is_replayed=True,
-                )
+                ),
             )
+
+    def start_over(self) -> None:
+        """Whoever was followed has ended badly: what comes from now on comes from the start, and what the
+        caller has of it is left out."""
+        for completion in self._completions.values():
+            completion.skipped = replace(completion.told)
+
+    def abandon(self) -> None:
+        """Ends what is open with reason ABORT, for a session that the engine does not know."""
+        for completion in self._completions.values():
+            if completion.is_open:
+                completion.is_open = False
+                self._sink(
+                    StreamChunk(
+                        request_id=self.request_id,
+                        index=completion.index,
+                        finish_reason=FinishReason.ABORT,
+                        time_s=self._clock(),
+                    )
+                )
+
+    def _pass_on(self, completion: _Completion, chunk: StreamChunk) -> None:
+        chunk = completion.news(chunk)
+        if chunk.text or chunk.token_ids or chunk.prompt_logprobs or chunk.finish_reason is not None:
+            self._sink(chunk)
 
     def fail(self, error: Exception) -> None:
         """The engine is gone, or refused the request: the caller gets the error itself."""

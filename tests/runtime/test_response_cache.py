@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import queue
+import threading
 import time
 
 import pytest
@@ -185,22 +187,154 @@ def test_without_bytes_there_is_no_cache(make):
         RuntimeConfig(response_cache_bytes=-1).validate()
 
 
-def test_bad_endings_are_not_kept(make):
-    faults = Faults(nan_requests={0})
-    with make(faults=faults) as llm:
-        assert llm.generate("hello", GREEDY)[0].finish_reason is FinishReason.ERROR
-        late = llm.generate("hello", dataclasses.replace(GREEDY, max_tokens=100), timeout_s=1e-9)[0]
-        assert late.finish_reason is FinishReason.TIMEOUT
+class Held:
+    """An engine that, behind a first token, goes on only where it is asked for something, until let go."""
 
-        async def leave():
-            async for _ in llm.stream("hello", dataclasses.replace(GREEDY, max_tokens=90)):
-                break
+    def __init__(self):
+        self.is_free = threading.Event()
+        self.faults = Faults(on_collect=self._wait)
+        self.llm = None
+        self._steps = itertools.count()
 
-        asyncio.run(leave())
-        assert not llm.generate("hello", dataclasses.replace(GREEDY, max_tokens=90))[0].is_replayed
-        assert not llm.generate("hello", GREEDY)[0].is_replayed
-        assert llm.generate("hello", GREEDY)[0].is_replayed
-        assert llm.engine.stats.responses.num_responses == 2
+    def hold(self):
+        self._steps = itertools.count()
+        self.is_free.clear()
+
+    def _wait(self, plan):
+        if next(self._steps) >= 2:
+            while not (self.is_free.is_set() or self.llm._loop._commands.qsize()):
+                time.sleep(0.001)
+
+
+@pytest.fixture
+def held(make):
+    holding = Held()
+    holding.llm = make(faults=holding.faults)
+    with holding.llm:
+        yield holding
+        holding.is_free.set()
+
+
+async def whole(stream):
+    return [chunk async for chunk in stream]
+
+
+def content_of(chunks):
+    """What a stream said of each completion, however it was cut."""
+    parts = {}
+    for chunk in chunks:
+        text, tokens, logprobs, prompt, reason = parts.get(chunk.index, ("", (), (), (), None))
+        assert reason is None
+        parts[chunk.index] = (
+            text + chunk.text,
+            tokens + chunk.token_ids,
+            logprobs + chunk.logprobs,
+            prompt + chunk.prompt_logprobs,
+            chunk.finish_reason,
+        )
+    return parts
+
+
+def test_bad_endings_are_not_kept(held):
+    llm, long = held.llm, dataclasses.replace(GREEDY, max_tokens=90)
+    held.faults.nan_requests.add(0)
+    held.is_free.set()
+    assert llm.generate("hello", GREEDY)[0].finish_reason is FinishReason.ERROR
+    late = llm.generate("hello", dataclasses.replace(GREEDY, max_tokens=100), timeout_s=1e-9)[0]
+    assert late.finish_reason is FinishReason.TIMEOUT
+    held.hold()
+
+    async def leave():
+        async for _ in llm.stream("hello", long):
+            break
+
+    asyncio.run(leave())
+    held.is_free.set()
+    assert not llm.generate("hello", long)[0].is_replayed
+    assert not llm.generate("hello", GREEDY)[0].is_replayed
+    assert llm.generate("hello", GREEDY)[0].is_replayed
+    assert llm.engine.stats.responses.num_responses == 2
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("leaves", [False, True])
+def test_who_asks_for_what_is_being_made_hears_it(held, make, name, leaves):
+    """Three ask for the same; the first may leave while the others have had a part of it."""
+    params, llm = TWICE[name], held.llm
+    with make(response_cache_bytes=0) as plain:
+        wanted = content_of(stream(plain, "hello", params))
+
+    async def run():
+        first = llm.stream("hello", params)
+        began = [await anext(first)]
+        later = [asyncio.create_task(whole(llm.stream("hello", params))) for _ in range(2)]
+        while llm.engine.stats.responses.num_hits < 2:
+            await asyncio.sleep(0.001)
+        if leaves:
+            await first.aclose()
+        held.is_free.set()
+        rest = [] if leaves else await whole(first)
+        return [*began, *rest], await asyncio.gather(*later)
+
+    made, heard = asyncio.run(run())
+    for chunks in heard if leaves else (made, *heard):
+        assert content_of(chunks) == wanted
+    again = llm.generate("hello", params)[0]
+    assert again.is_replayed or leaves
+    assert [each.token_ids for each in again.completions] == [wanted[place][1] for place in range(params.n)]
+    assert not llm._loop._making
+    assert not llm._loop._by_name
+    if not leaves:
+        assert sum(llm.engine.stats.finished.values()) == params.n
+
+
+def test_followers_end_by_themselves(held):
+    """One leaves, one breaks over its text, one has a deadline and so follows nobody."""
+    llm, told = held.llm, queue.SimpleQueue()
+
+    def breaks(chunk):
+        if isinstance(chunk, Exception):
+            told.put(chunk)
+        else:
+            raise ValueError("no more")
+
+    async def run():
+        first = llm.stream("hello", GREEDY)
+        began = await anext(first)
+        follower = llm.stream("hello", GREEDY, request_id="mine")
+        await anext(follower)
+        llm.submit("hello", GREEDY, lambda chunk: None, "bare")
+        own = asyncio.create_task(whole(llm.stream("hello", GREEDY, timeout_s=100)))
+        llm.abort("mine")
+        ends = [chunk.finish_reason async for chunk in follower]
+        held.is_free.set()
+        rest = await whole(first)
+        return content_of([began, *rest]), ends, content_of(await own)
+
+    made, ends, own = asyncio.run(run())
+    assert ends[-1] is FinishReason.ABORT
+    assert own == made
+    assert llm.engine.stats.finished == {FinishReason.LENGTH: 2}
+    llm.submit("hello", dataclasses.replace(GREEDY, max_tokens=90), lambda chunk: None)
+    llm.submit("hello", dataclasses.replace(GREEDY, max_tokens=90), breaks)
+    assert isinstance(told.get(timeout=30), ValueError)
+    assert llm.generate("hello", dataclasses.replace(GREEDY, max_tokens=90))[0].finish_reason
+
+
+def test_closing_ends_followers(held):
+    llm = held.llm
+
+    async def run():
+        first = llm.stream("hello", GREEDY)
+        await anext(first)
+        follower = llm.stream("hello", GREEDY)
+        await anext(follower)
+        closing = asyncio.create_task(asyncio.to_thread(llm.close))
+        ends = [chunk.finish_reason for chunk in await whole(follower)]
+        await closing
+        return ends
+
+    assert asyncio.run(run())[-1] is FinishReason.ABORT
 
 
 def chunk_of(text, reason=None):
