@@ -300,7 +300,7 @@ def test_lower_priority_numbers_run_first(make):
         blocker = llm.stream("first", SamplingParams(max_tokens=100, ignore_eos=True))
         await anext(blocker)
         tasks = [asyncio.create_task(one(llm, priority)) for priority in (3, 1, 2)]
-        while llm._loop._commands.qsize() < len(tasks):
+        while llm._loop._commands.qsize() + len(llm._loop._by_name) < 1 + len(tasks):
             await asyncio.sleep(0.001)
         all_asked.set()
         async for _ in blocker:
