@@ -17,6 +17,9 @@ MARGIN = 1.03
 PROBE_STEPS, MOST_PROBE_STEPS = 100, 1600
 # Steps of one trial. In the first a draft model catches up: it says nothing of what drafting costs.
 PROBE_RUN = 3
+# A draft model reads all of a request before its first draft: a trial waits for one of at most so many
+# tokens, until so many times as many steps have passed.
+PROBE_TOKENS, PROBE_PATIENCE = 64, 4
 # So often a step goes without drafts while they pay, to see what plain steps take by now.
 PLAIN_EVERY = 64
 # Decisions change when what drafted steps take does by more than this.
@@ -137,10 +140,16 @@ class DraftPolicy:
             )
         return found
 
-    def choose(self, num_requests: int, lengths: Sequence[int] | None = None) -> int:
+    @property
+    def is_trial_due(self) -> bool:
+        """Whether drafting is to be tried, once there is a short request."""
+        return self._steps_without + 1 >= self._probe_steps
+
+    def choose(self, num_requests: int, lengths: Sequence[int] | None = None, shortest: int = 0) -> int:
         """How many tokens to draft for each of `num_requests` requests that decode; 0 where none pays.
         `lengths` are the drafts at hand, of some of the requests, which cost nothing to make. `is_probe` says
-        whether what is chosen is not expected to pay, and one request is enough to learn from."""
+        whether what is chosen is not expected to pay, and one request is enough to learn from: the one with
+        `shortest` tokens."""
         self.is_probe = False
         if not num_requests or lengths == ():
             return 0
@@ -152,7 +161,8 @@ class DraftPolicy:
             self._steps_with = (self._steps_with + 1) % PLAIN_EVERY
             return best if self._steps_with else 0
         self.skip()
-        if self._steps_without >= self._probe_steps:
+        patience = 1 if shortest <= PROBE_TOKENS else PROBE_PATIENCE
+        if self._steps_without >= patience * self._probe_steps:
             self._steps_without, self._probe_steps = 0, min(2 * self._probe_steps, MOST_PROBE_STEPS)
             certain = [float(count) for count in range(self.most + 1)]
             hopes = self._best(num_requests, lengths, certain, hopes=True)

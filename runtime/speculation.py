@@ -148,11 +148,12 @@ class Speculator:
             return {}
         if proposer.is_free:
             return self._propose_free(requests)
-        count = policy.choose(len(requests))
+        shortest = min(requests, key=_num_tokens) if policy.is_trial_due else requests[0]
+        count = policy.choose(len(requests), shortest=_num_tokens(shortest))
         if not count:
             return {}
         if policy.is_probe:
-            requests = [min(requests, key=lambda request: len(request.token_ids))]
+            requests = [min(requests, key=_num_tokens)]
         self._asked = len(requests), count
         return _usable(proposer.propose(requests, count))
 
@@ -208,6 +209,10 @@ def make_speculator(
             "Load a draft artifact, or choose ngram or none.",
         )
     return Speculator(DraftProposer(executor), policy)
+
+
+def _num_tokens(request: RunningRequest) -> int:
+    return len(request.token_ids)
 
 
 def _usable(drafts: dict[RunningRequest, tuple[int, ...]]) -> dict[RunningRequest, tuple[int, ...]]:

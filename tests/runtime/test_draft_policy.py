@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llmc.runtime.draft_policy import (
     MARGIN,
     PLAIN_EVERY,
+    PROBE_PATIENCE,
     PROBE_RUN,
     PROBE_STEPS,
     Acceptance,
@@ -160,6 +161,19 @@ def test_a_probe_with_a_draft_model_is_one_request():
     found = [speculator.propose(requests) for _ in range(PROBE_STEPS)]
     assert found == [{}] * (PROBE_STEPS - 1) + [{requests[1]: (1,)}]  # the shorter one: less to catch up
     assert proposer.asked == [1]
+
+
+def test_a_trial_waits_for_a_short_request_and_not_for_ever():
+    for lengths, step in (([90] * 150 + [30] * 400, 151), ([90] * 600, PROBE_PATIENCE * PROBE_STEPS)):
+        speculator = Speculator(Copies(is_free=False), DraftPolicy(4, BOUND))
+        speculator.observe(4, 0, times=400)
+        request = running(0)
+        drafted: list[int] = []
+        for place, length in enumerate(lengths):
+            request.token_ids = [1] * length
+            if speculator.propose([request]):
+                drafted.append(place + 1)
+        assert drafted[0] == step
 
 
 def test_acceptance_is_by_place_and_forgets():
