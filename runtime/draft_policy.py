@@ -141,9 +141,14 @@ class DraftPolicy:
         return found
 
     @property
-    def is_trial_due(self) -> bool:
-        """Whether drafting is to be tried, once there is a short request."""
-        return self._steps_without + 1 >= self._probe_steps
+    def is_off(self) -> bool:
+        """Whether drafts did not pay when it was last asked."""
+        return self._steps_without > 0
+
+    @property
+    def steps_to_trial(self) -> int:
+        """How many steps go without drafts before one tries them, once there is a short request."""
+        return max(0, self._probe_steps - self._steps_without - 1)
 
     def choose(self, num_requests: int, lengths: Sequence[int] | None = None, shortest: int = 0) -> int:
         """How many tokens to draft for each of `num_requests` requests that decode; 0 where none pays.

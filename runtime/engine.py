@@ -174,7 +174,8 @@ class Engine:
         """Keeps the executor busy, waits for one step, and returns what there is to tell."""
         self._expire()
         before = self._epoch
-        started_s = self._clock() if self._speculator is not None and not self._in_flight else None
+        asks = self._speculator is not None and not self._speculator.is_resting and not self._in_flight
+        started_s = self._clock() if asks else None
         while len(self._in_flight) < self._max_in_flight and self._launch():
             pass
         if self._in_flight:
@@ -235,6 +236,8 @@ class Engine:
     def _drafts(self) -> dict[RunningRequest, tuple[int, ...]]:
         if self._speculator is None:
             return {}
+        if self._speculator.is_resting:
+            return self._speculator.propose(())
         ready = [
             request
             for request in self._running.values()

@@ -13,8 +13,10 @@ from .protocol import Executor
 from .request import RunningRequest
 from .scheduler import Chunk
 
-# Steps between two looks for drafts of which none was worth its time.
+# Steps between two looks for drafts of which none was worth its time; and between two questions whether a
+# draft model would be, which takes a hundredth of a small model's step.
 MOST_REST = 15
+QUESTION_REST = 7
 
 
 class Proposer(Protocol):
@@ -140,17 +142,30 @@ class Speculator:
         self._num_resting = 0  # steps that are still to pass before drafts are looked for
         self._rest = 0
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether the next step has no drafts, whatever its requests."""
+        return self._num_resting > 0
+
     def propose(self, requests: Sequence[RunningRequest]) -> dict[RunningRequest, tuple[int, ...]]:
         """Drafts behind the tokens of some of `requests`, each of which has one token to compute."""
         proposer, policy = self._proposer, self._policy
         self._asked = 0, 0
-        if not requests or not policy.can_pay(len(requests), proposer.is_free):
+        if self._num_resting:
+            self._num_resting -= 1
+            policy.skip()
+            return {}
+        if not requests:
+            return {}
+        if not policy.can_pay(len(requests), proposer.is_free):
+            self._num_resting = QUESTION_REST
             return {}
         if proposer.is_free:
             return self._propose_free(requests)
-        shortest = min(requests, key=_num_tokens) if policy.is_trial_due else requests[0]
+        shortest = requests[0] if policy.steps_to_trial else min(requests, key=_num_tokens)
         count = policy.choose(len(requests), shortest=_num_tokens(shortest))
         if not count:
+            self._num_resting = min(QUESTION_REST, policy.steps_to_trial) if policy.is_off else 0
             return {}
         if policy.is_probe:
             requests = [min(requests, key=_num_tokens)]
@@ -160,10 +175,6 @@ class Speculator:
     def _propose_free(self, requests: Sequence[RunningRequest]) -> dict[RunningRequest, tuple[int, ...]]:
         """Drafts that were worth nothing are looked for more and more rarely: looking takes time, too."""
         policy = self._policy
-        if self._num_resting:
-            self._num_resting -= 1
-            policy.skip()
-            return {}
         drafts = _usable(self._proposer.propose(requests, policy.most))
         count = policy.choose(len(requests), tuple(map(len, drafts.values())))
         if count or not drafts:

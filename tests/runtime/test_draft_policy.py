@@ -176,6 +176,23 @@ def test_a_trial_waits_for_a_short_request_and_not_for_ever():
         assert drafted[0] == step
 
 
+def test_a_draft_model_that_does_not_pay_is_seldom_asked_about():
+    policy = DraftPolicy(4, BOUND)
+    speculator = Speculator(Copies(is_free=False), policy)
+    requests, rested = [running(0)], 0
+    for _ in range(PLAIN_EVERY - 1):
+        assert speculator.propose(requests)
+    assert not speculator.propose(requests)  # a plain step now and then, and no rest behind it
+    assert not speculator.is_resting
+    assert speculator.propose(requests)
+    speculator.observe(4, 0, times=400)
+    for _ in range(PROBE_STEPS - 1):
+        rested += speculator.is_resting
+        assert not speculator.propose(requests)
+    assert rested > 0.8 * PROBE_STEPS
+    assert speculator.propose(requests)
+
+
 def test_acceptance_is_by_place_and_forgets():
     acceptance = Acceptance(3)
     for _ in range(2000):
