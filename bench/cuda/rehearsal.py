@@ -118,7 +118,7 @@ def rehearse() -> None:
     engines.RATES = ((1, 4), (2, 3))
     engines.CONFIG = {"max_requests": 2, "max_step_tokens": 32, "max_model_len": 64}
     peers.MIXED = {"requests": 2, "least": 2, "most": 4}
-    peers.DECODE = ((1, 8), (2, 4))
+    peers.DECODE = ((1, 44), (2, 46))
 
 
 def loaded_by_stub(artifact) -> dict:

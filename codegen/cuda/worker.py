@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
 
 import triton
 from triton import knobs
@@ -20,6 +21,8 @@ from ...spec.errors import InternalError
 from .assemble import Machine
 from .cubin import check_parameters
 
+# Of a block at most (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+_SHARED_BYTES = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 # The parameter of kernels that can begin early: the architecture's, not a specialisation's.
 _OVERLAP = "PDL"
 
@@ -28,7 +31,7 @@ def compile_one(wanted: tuple[Specialisation, str]) -> Machine:
     """Machine code of a specialisation for an architecture, its parameters checked."""
     specialisation, architecture = wanted
     overlaps = _can_overlap(kernel_function(specialisation.kernel), architecture)
-    compiled = _compile(specialisation, architecture)
+    compiled = _fitting(specialisation, architecture)
     cubin = compiled.asm["cubin"]
     metadata = compiled.metadata
     check_parameters(cubin, metadata.name, [kind for _, kind in specialisation.parameters])
@@ -44,6 +47,23 @@ def compile_one(wanted: tuple[Specialisation, str]) -> Machine:
         toolkit=get_ptxas(int(architecture.removeprefix("sm_"))).version,
         overlaps=overlaps,
     )
+
+
+def _fitting(specialisation: Specialisation, architecture: str) -> triton.compiler.CompiledKernel:
+    """Compiled with as many loads ahead as were asked for, or as shared memory holds; it changes no bit."""
+    most, stages = _SHARED_BYTES[architecture], specialisation.stages
+    compiled = _compile(specialisation, architecture)
+    while compiled.metadata.shared > most and stages > 1:
+        stages -= 1
+        compiled = _compile(replace(specialisation, stages=stages), architecture)
+    if compiled.metadata.shared > most:
+        raise InternalError(
+            "cuda.shared_memory",
+            f"Kernel {specialisation.kernel!r} does not fit into the shared memory of {architecture}.",
+            f"It takes {compiled.metadata.shared} bytes of {most}.",
+            "Report this with the model.",
+        )
+    return compiled
 
 
 def _can_overlap(function: triton.JITFunction, architecture: str) -> bool:

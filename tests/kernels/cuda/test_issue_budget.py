@@ -122,3 +122,12 @@ def test_a_kernel_waits_before_it_reads_where_the_hardware_can():
     # Parts of a tile are summed by the last to arrive, which sees what the others stored.
     assert "atom.global.gpu.acq_rel" in text or "atom.gpu.global.acq_rel" in text
     assert "acqbulk" in disassembled(newer.cubin).lower()
+
+
+@pytest.mark.slow
+def test_loads_ahead_are_as_many_as_an_architecture_holds():
+    """Words of an 8B model take more shared memory than a block of sm_89 has, with four loads ahead."""
+    specialisation = words(128)
+    small, large = assemble([(specialisation, "sm_89"), (specialisation, "sm_90")])
+    assert small.shared_bytes <= 99 << 10 < large.shared_bytes
+    assert small.stack_bytes == 0
