@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import getitem
 
 from torch import Tensor, fx
 
@@ -112,14 +113,18 @@ def code_lines(
 
 
 def _inside(node: fx.Node, told: set[str], expected: NodeRun) -> tuple[str, ...]:
-    """The nodes with rows between `node` and those above it whose values were told."""
+    """The nodes with rows between `node` and those above it whose values were told. What gives several values
+    was told where another of its parts was."""
     found: dict[str, None] = {}
     left = list(node.all_input_nodes)
     while left:
         current = left.pop()
         if current.op != "call_function" or current.name in told or current.name in found:
             continue
+        parts = {user for user in current.users if user.target is getitem} - {node}
         if current.name in expected.rows:
             found[current.name] = None
-            left.extend(current.all_input_nodes)
+        elif any(part.name in told for part in parts):
+            continue
+        left.extend(current.all_input_nodes)
     return tuple(reversed(found))

@@ -12,7 +12,7 @@ from typing import Any
 from ..codegen.base import default_target
 from ..passes.base import Pass
 from ..passes.recipes import override, preset_recipe
-from ..runtime.fit import Fit, longest_request
+from ..runtime.fit import Fit, longest_request, size_text, unit_of
 from ..spec.errors import LlmcError, UsageError
 from ..spec.target import parse_target
 from .checkpoint import parse_dtype
@@ -103,7 +103,7 @@ def answer_fit(
     asked = Asked(
         quant=quant,
         kv_dtype=kv_dtype,
-        context=_checked(context or estimate.max_context, estimate.max_context),
+        context=_checked(estimate.max_context if context is None else context, estimate.max_context),
         memory_bytes=memory_bytes,
     )
     files = estimator.file_bytes(passes)
@@ -200,7 +200,7 @@ class _Search:
         changed = [f"--quant {quant}"] * (quant != asked.quant)
         changed += [f"a context of {context} tokens"] * (context != asked.context)
         also = f" with {' and '.join(changed)}" if changed else ""
-        way = self._way(more, f"use a machine with {need / 2**30:.1f} GiB of memory{also}")
+        way = self._way(more, f"use a machine with {size_text(need, 1)} of memory{also}")
         if way is not None:
             yield way
 
@@ -242,8 +242,8 @@ class _Search:
         fit = estimate.fit(asked.memory_bytes, asked.context)
         if not fit.requests or not self._can_be_built(asked.quant, asked.kv_dtype):
             return None
-        size = f"{estimate.bits_per_weight:.2f} bits a weight, {_gib(fit.weight_bytes)} of weights"
-        cache = f"{_gib(fit.request_bytes)} a request"
+        size = f"{estimate.bits_per_weight:.2f} bits a weight, {_size(fit.weight_bytes)} of weights"
+        cache = f"{_size(fit.request_bytes)} a request"
         counted = f"{fit.requests} request{'s' if fit.requests > 1 else ''} of {asked.context} tokens"
         return Way(text=f"{text}: {size}, {cache}, {counted}", asked=asked, requests=fit.requests)
 
@@ -258,10 +258,10 @@ def _settings_text(asked: Asked, quant: str, kv_dtype: str) -> str:
 
 
 def _in_tenths(count: int) -> int:
-    """Bytes rounded up to a tenth of a GiB, so that the number as told is enough."""
-    tenth = 2**30 / 10
-    return math.ceil(math.ceil(count / tenth) * tenth)
+    """Bytes rounded up to a tenth of the unit that they are told in, so that the number as told is enough."""
+    tenth = unit_of(count)[0] / 10
+    return math.floor(math.ceil(count / tenth) * tenth)
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count < 10 * 2**30 else f"{count / 2**30:.1f} GiB"
+def _size(count: int) -> str:
+    return size_text(count, 2 if count < 10 * 2**30 else 1)

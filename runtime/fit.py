@@ -81,17 +81,23 @@ def ways_to_fit(plan: MemoryPlan, cache: CacheLayout, tokens: int, memory_bytes:
     coded = CacheLayout(groups=tuple(replace(group, dtype="int8", scales=True) for group in cache.groups))
     smaller = fit_within(plan, coded, tokens, memory_bytes).needed_bytes
     return (
-        f"give it {gib(need)} of memory",
+        f"give it {size_text(need)} of memory",
         f"serve at most {longest} tokens (--max-model-len {longest})"
         if longest
-        else f"serve {half} tokens (--max-model-len {half}) in {gib(shorter)}",
-        f"compile it with --kv-dtype int8: {gib(smaller)} for {tokens} tokens"
+        else f"serve {half} tokens (--max-model-len {half}) in {size_text(shorter)}",
+        f"compile it with --kv-dtype int8: {size_text(smaller)} for {tokens} tokens"
         if smaller < need
-        else f"compile it with fewer bits than the {gib(plan.weight_bytes)} of weights it has: "
+        else f"compile it with fewer bits than the {size_text(plan.weight_bytes)} of weights it has: "
         "`llmc inspect MODEL --fit` says which are enough",
     )
 
 
-def gib(count: int) -> str:
-    """A size rounded up to a hundredth of a GiB, so that as much as is told is enough."""
-    return f"{math.ceil(100 * count / 2**30) / 100:.2f} GiB"
+def size_text(count: int, digits: int = 2) -> str:
+    """A size rounded up to so many digits of a GiB, or below one of a MiB: as much as is told is enough."""
+    size, name = unit_of(count)
+    return f"{math.ceil(10**digits * count / size) / 10**digits:.{digits}f} {name}"
+
+
+def unit_of(count: int) -> tuple[int, str]:
+    """The unit that a size of memory is told in: its bytes, and its name."""
+    return (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")

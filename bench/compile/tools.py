@@ -22,37 +22,8 @@ sys.path.insert(0, str(REPOSITORY / "bench"))
 from common import Record, percentiles  # noqa: E402 - the folder above must be on the path first
 
 MODEL = REPOSITORY / "models" / "stories-7m"
-LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-QWEN3_235B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 1536,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 94,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+# The configurations that the tests of the same commands ask about.
+LARGE = REPOSITORY / "tests" / "data" / "large_configs.json"
 
 
 def main() -> None:
@@ -79,7 +50,7 @@ def measure_fit(model: Path, presets: list[str], rounds: int) -> dict[str, objec
     }
     found: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as work:
-        for name, config in {"llama-70b": LLAMA_70B, "qwen3-235b": QWEN3_235B}.items():
+        for name, config in json.loads(LARGE.read_text(encoding="utf-8")).items():
             folder = Path(work) / name
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -3,23 +3,25 @@ stub driver that records and replays launches, carried out by the interpreter.""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
+import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
+import msgspec
 import pytest
-import torch
 
 from llmc.artifact.cuda import CUDA_UNIT, decode_unit
-from llmc.artifact.schema import PROGRAM
-from llmc.codegen.cuda.dry_walk import needs_of
-from llmc.ir.document import decode_program
 from llmc.runtime.config import RuntimeConfig
 from llmc.runtime.engine import Engine
 from llmc.runtime.load import load
+from llmc.runtime.params import SamplingParams
 from llmc.runtime.protocol import SamplingState
 from llmc.runtime.request import FinishReason, Request
+from llmc.runtime.server.messages import Failed, Generate
+from llmc.runtime.server.process_channel import ProcessChannel
 from llmc.spec.errors import ArtifactError, DeviceLostError, TargetError
 
 SETTINGS = {"max_requests": 4, "max_step_tokens": 32, "max_model_len": 48}
@@ -33,59 +35,27 @@ SAMPLINGS = [
 
 @pytest.fixture(scope="module")
 def specialisations(cuda_artifact):
-    """What was compiled, found again from the artifact's own program."""
-    artifact, manifest = cuda_artifact, cuda_artifact.manifest
-    unit, document = decode_unit(artifact.read_bytes(CUDA_UNIT)), decode_program(artifact.read_bytes(PROGRAM))
-    views = {name: view for _, held in artifact.weight_files() for name, view in held.items()}
-    for word in unit.words:
-        views[word.codes] = views[word.stored]
-    weights = {
-        name: SimpleNamespace(shape=view.shape, dtype=getattr(torch, view.dtype))
-        for name, view in views.items()
-    }
-    program = SimpleNamespace(
-        graph=document.graph,
-        inputs=document.inputs,
-        cache=manifest.cache,
-        capture=manifest.capture,
-        spec=manifest.spec,
-    )
-    needs = needs_of(program, weights)
-    assert needs.arenas == unit.arenas
-    return {each.key: each for each in needs.kernels}
+    from stub_executor import specialisations_of
+
+    return specialisations_of(cuda_artifact)
 
 
 @pytest.fixture
 def stubbed(cuda_artifact, cuda_stub, specialisations):
     """`stubbed(config)`: an executor over the stub driver, and what carries its launches out."""
     from stub_device import Interpreted
+    from stub_executor import stubbed_executor
 
     from llmc.kernels.cuda.interpreter import correct_interpreter
-    from llmc.runtime.executors.cuda import Machine, make_executor
-    from llmc.runtime.executors.cuda_device import Device
-    from llmc.runtime.executors.cuda_driver import CudaDriver
-    from llmc.runtime.executors.cuda_graphs import record
-    from llmc.runtime.executors.cuda_kernels import CudaKernels
 
     correct_interpreter()
     library, log = cuda_stub
     log.write_text("")
     interpreted = Interpreted(library, specialisations)
-    unit = decode_unit(cuda_artifact.read_bytes(CUDA_UNIT))
 
     def make(free_bytes=1 << 30, **settings):
-        device, driver = Device("cpu"), CudaDriver(str(library))
-        kernels = CudaKernels(cuda_artifact, unit, (9, 0), driver, lambda: device.stream)
-        interpreted.know(kernels)
-        machine = Machine(
-            device=device,
-            launcher=kernels,
-            recorder=lambda work: record(driver, device.stream, interpreted.enqueued(work)),
-            free_bytes=free_bytes,
-            details={},
-        )
         config = RuntimeConfig(**SETTINGS, **settings)
-        return make_executor(cuda_artifact, config, machine), config
+        return stubbed_executor(cuda_artifact, library, interpreted, config, free_bytes), config
 
     yield make, interpreted
     interpreted.close()
@@ -145,6 +115,55 @@ def test_an_error_of_the_device_ends_its_steps_requests_and_the_engine(stubbed):
     assert engine.stats.finished == {FinishReason.ERROR: 1}
     interpreted.fail_after(-1)
     engine.close()
+
+
+@pytest.mark.slow
+def test_after_an_error_of_the_device_the_engine_starts_again_and_says_the_same(
+    stubbed, cuda_artifact, cuda_stub, tmp_path
+):
+    """The executor of a real artifact in a process of its own, as a server has it."""
+    make, _ = stubbed
+    executor, config = make()
+    expected, *_ = served(executor, config, PROMPTS[:1], SAMPLINGS[:1], 3)
+    executor.close()
+    child = Path(__file__).with_name("cuda_child.py")
+    settings = msgspec.json.encode(config).decode()
+    command = (
+        sys.executable,
+        str(child),
+        str(cuda_artifact.path),
+        str(cuda_stub[0]),
+        settings,
+        str(tmp_path / "mark"),
+    )
+
+    async def ask(channel):
+        events = asyncio.Queue()
+        channel.connect(lambda told: [events.put_nowait(event) for event in told])
+        params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+        channel.send(Generate(request_id="a", prompt_token_ids=PROMPTS[0], params=params))
+        lost = await asyncio.wait_for(events.get(), 120)
+        while not isinstance(lost, Failed):
+            lost = await asyncio.wait_for(events.get(), 120)
+        while not channel.snapshot().num_restarts or channel.snapshot().is_starting:
+            await asyncio.sleep(0.05)
+        channel.send(Generate(request_id="b", prompt_token_ids=PROMPTS[0], params=params))
+        tokens = []
+        while True:
+            chunk = (await asyncio.wait_for(events.get(), 120)).chunk
+            tokens += chunk.token_ids
+            if chunk.finish_reason is not None:
+                return lost, tokens, channel.snapshot()
+
+    channel = ProcessChannel(command)
+    first = channel.pid
+    lost, tokens, snapshot = asyncio.run(ask(channel))
+    assert channel.pid != first
+    channel.close()
+    assert (lost.code, lost.status) == ("cuda.device_lost", 503)
+    assert tokens == expected[0]
+    assert snapshot.num_restarts == 1
+    assert "an illegal memory access" in snapshot.last_death
 
 
 def test_what_cannot_run_is_refused_before_anything_is_loaded(stubbed, cuda_artifact, monkeypatch):
