@@ -144,9 +144,12 @@ class OnnxGraph:
         """The model: only what the outputs need, constants and weights included."""
         needed, used = _needed(self.nodes, outputs)
         kept = [value for value in self.initializers.values() if value in used]
+        # Where operators beyond the standard are used at all, attention is one.
+        has_contrib = any(node.domain == MICROSOFT for node in needed)
+        imports = {"": OPSET, **({MICROSOFT: 1} if has_contrib else {})}
         graph = ir.Graph(
             self.inputs, outputs, nodes=needed, initializers=kept,
-            opset_imports={"": OPSET, MICROSOFT: 1}, name=name,
+            opset_imports=imports, name=name,
         )  # fmt: skip
         return ir.Model(
             graph,

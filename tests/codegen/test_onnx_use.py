@@ -106,6 +106,7 @@ def test_standard_operators_run_in_the_reference_evaluator(portable_program, onn
     kinds = {node.op_type for node in model.graph.node}
     assert {"Attention", "RMSNormalization", "RotaryEmbedding", "DequantizeLinear"} <= kinds
     assert {node.domain for node in model.graph.node} == {""}
+    assert [entry.domain for entry in model.opset_import] == [""]
     ids = np.random.default_rng(2).integers(3, program.spec.vocab_size, (1, 9))
     feeds = {"input_ids": ids, "attention_mask": np.ones((1, 9), np.int64), "out_rows": np.arange(9)}
     for entry in graph.session.get_inputs():
