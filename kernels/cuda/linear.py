@@ -167,12 +167,13 @@ def word_part(
     BM: tl.constexpr,
     BN: tl.constexpr,
     NORM: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """The sum over blocks `start` … `stop` of 128 codes."""
     word = tl.arange(0, 16)
     sums = tl.zeros([BN, BM], tl.float32)
-    # Half of a turn is not for its weights: blocks share it.
-    for block in tl.range(start, stop, loop_unroll_factor=4):
+    # Half of a turn is not for its weights: blocks share it, where registers allow.
+    for block in tl.range(start, stop, loop_unroll_factor=UNROLL):
         words = tl.load(words_ptr + held[:, None] * (BLOCKS * 16) + (block * 16 + word)[None, :])
         for first in tl.static_range(0, 4, DIGITS):  # pyright: ignore[reportGeneralTypeIssues]
             # The groups of what fills the last block do not exist, and x is 0 there.
@@ -219,13 +220,16 @@ def linear_words(
             bias_ptr += first_row
     scale = scales_of_rows(x_ptr, row_scales_ptr, row, M, eps, x_stride, K, BM, NORM)
     each: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    unroll: tl.constexpr = 4 if SPLITS == 1 or APART else 1
     given = (x_ptr, norm_ptr, words_ptr, scales_ptr, zeros_ptr, row, at, held)
     sums = tl.zeros([BN, BM], tl.float32)
     own = tl.program_id(2) * each
     for part in tl.range(0, 1 if APART else SPLITS):
         start = own + part * each
         place = (start, tl.minimum(start + each, stop), M, offset)
-        sums += word_part(*given, *place, K, BLOCKS, GROUPS, GROUP, DIGITS, ZERO, SYMMETRIC, BM, BN, NORM)
+        sums += word_part(
+            *given, *place, K, BLOCKS, GROUPS, GROUP, DIGITS, ZERO, SYMMETRIC, BM, BN, NORM, unroll
+        )
     if APART:
         sums, M = sum_parts(partial_ptr, arrived_ptr, sums, row, M, SPLITS, BN, BM)
     if NORM != "":

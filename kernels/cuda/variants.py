@@ -46,7 +46,7 @@ def num_parts(kernel: str, n: int, k: int) -> int:
 
 def shipped(kernel: str, n: int, k: int, rows: int) -> Variant:
     """What is used where nothing was measured; many rows share each weight loaded."""
-    columns = 128 if rows >= 128 else layer_columns(kernel, n, k)
+    columns = _most_columns(kernel, n, k, rows) if rows >= 128 else layer_columns(kernel, n, k)
     return Variant(columns=columns, warps=4 if rows < 128 else 8, stages=4 if rows < 64 else 3)
 
 
@@ -54,11 +54,17 @@ def variants_of(kernel: str, n: int, k: int, rows: int) -> tuple[Variant, ...]:
     """What is tried for a class: the shipped form first, then those that differ from it in one thing or in
     two."""
     first = shipped(kernel, n, k, rows)
-    columns, warps = (64, 128), (4, 8)
+    columns = tuple(dict.fromkeys((64, _most_columns(kernel, n, k, rows))))
+    warps = (4, 8)
     stages = tuple(dict.fromkeys((first.stages, 3, 5)))
     found = [Variant(columns=c, warps=w, stages=s) for c in columns for w in warps for s in stages]
     near = [each for each in found if sum(map(int.__ne__, _numbers(each), _numbers(first))) <= 2]
     return (first, *(each for each in near if each != first))
+
+
+def _most_columns(kernel: str, n: int, k: int, rows: int) -> int:
+    """With many rows, sums of groups, of a part and of all parts of codes are more than registers hold."""
+    return 64 if rows >= 128 and kernel != "linear.linear" and num_parts(kernel, n, k) > 1 else 128
 
 
 def _parts(n: int, k: int, columns: int) -> int:
