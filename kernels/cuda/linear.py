@@ -220,7 +220,7 @@ def linear_words(
             bias_ptr += first_row
     scale = scales_of_rows(x_ptr, row_scales_ptr, row, M, eps, x_stride, K, BM, NORM)
     each: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
-    unroll: tl.constexpr = 4 if SPLITS == 1 or APART else 1  # pyright: ignore[reportAssignmentType]
+    unroll: tl.constexpr = 4 if BM <= 32 else 1  # pyright: ignore[reportAssignmentType]
     given = (x_ptr, norm_ptr, words_ptr, scales_ptr, zeros_ptr, row, at, held)
     sums = tl.zeros([BN, BM], tl.float32)
     own = tl.program_id(2) * each

@@ -19,7 +19,7 @@ def load_codes(
     codes_ptr, held, start, STORED: tl.constexpr, BK: tl.constexpr, FULL: tl.constexpr, PACKED: tl.constexpr
 ):
     """Codes `start` … `start + BK` of rows, as bytes or, `PACKED`, as words of four; 0 outside."""
-    step: tl.constexpr = 4 if PACKED else 1
+    step: tl.constexpr = 4 if PACKED else 1  # pyright: ignore[reportAssignmentType]
     k = start // step + tl.arange(0, BK // step)
     address = held[:, None] * (STORED // step) + k[None, :]
     if FULL:
