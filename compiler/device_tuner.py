@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,9 +16,10 @@ from ..codegen.cuda.assemble import assemble
 from ..codegen.cuda.tuning import Measured, Site, measure
 from ..ir.weights import WeightStore
 from ..kernels.cuda.launch import Launch, Specialisation
-from ..runtime.executors.cuda_device import Device
-from ..runtime.executors.cuda_driver import CudaDriver, Function
-from ..runtime.executors.cuda_kernels import load_kernel, parameter_value
+
+if TYPE_CHECKING:
+    from ..runtime.executors.cuda_device import Device
+    from ..runtime.executors.cuda_driver import CudaDriver, Function
 
 _DEVICE = "cuda:0"
 # More than any cache of a GPU holds.
@@ -34,6 +36,8 @@ class DeviceKernels:
 
     def prepare(self, wanted: Sequence[Specialisation]) -> None:
         """Compile what is not there yet, over all cores."""
+        from ..runtime.executors.cuda_kernels import load_kernel
+
         missing = [each for each in dict.fromkeys(wanted) if each not in self._functions]
         made = assemble([(each, self._architecture) for each in missing])
         for each, machine in zip(missing, made, strict=True):
@@ -52,6 +56,8 @@ class DeviceKernels:
             self._functions[each] = load_kernel(self._driver, kernel, machine.cubin)
 
     def __call__(self, launch: Launch) -> None:
+        from ..runtime.executors.cuda_kernels import parameter_value
+
         each = launch.specialisation
         values = [parameter_value(name, kind, launch.values[name]) for name, kind in each.parameters]
         self._driver.launch(self._functions[each], launch.grid, self._device.stream, values)
@@ -59,6 +65,9 @@ class DeviceKernels:
 
 def measure_on_device(sites: Sequence[Site], weights: WeightStore) -> tuple[list[Measured], str]:
     """`codegen.cuda.tuning.measure` on the first GPU, and its name."""
+    from ..runtime.executors.cuda_device import Device
+    from ..runtime.executors.cuda_driver import CudaDriver
+
     torch.zeros(1, device=_DEVICE)  # makes torch's context the current one
     device, driver = Device(_DEVICE), CudaDriver()
     major, minor = torch.cuda.get_device_capability(_DEVICE)

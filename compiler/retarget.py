@@ -17,7 +17,6 @@ from ..codegen.base import RecallBytes
 from ..ir.program import Program
 from ..ir.weights import WeightStore
 from ..kernels.cuda.variants import Variant
-from ..runtime.executors.cuda import stored_program
 from ..spec.errors import TargetError
 from ..spec.target import Target, parse_target
 from .cache.config import CacheConfig
@@ -86,6 +85,8 @@ def retarget_artifact(
 
 def program_of(artifact: Artifact, unit: CudaUnit) -> Program:
     """The final program of an artifact, its weights as they are stored: codes as words."""
+    from ..runtime.executors.cuda import stored_program
+
     stored, manifest = stored_program(artifact, unit), artifact.manifest
     return Program(
         graph=stored.document.graph,
