@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-_LLMC = torch.ops.llmc
-_PRODUCTS = (_LLMC.linear.default, _LLMC.quantized_linear.default)
+# What may be fused, by name: operators need not be registered when this module is imported.
+_PRODUCTS = ("llmc.linear.default", "llmc.quantized_linear.default")
+_NORM, _GATE, _SUM = "llmc.rms_norm.default", "llmc.gated_activation_packed.default", "aten.add.Tensor"
 # A sum and its norm in one -> the norm alone.
-_SUMS: dict[Any, Any] = {
-    _LLMC.add_rms_norm.default: _LLMC.rms_norm.default,
-    _LLMC.add_layer_norm.default: _LLMC.layer_norm.default,
+_SUMS = {
+    "llmc.add_rms_norm.default": "rms_norm",
+    "llmc.add_layer_norm.default": "layer_norm",
 }
 
 
@@ -43,9 +44,9 @@ def fuse_products(graph: fx.Graph, multiply: Callable[..., Any]) -> None:
     What else needs a value in between keeps it from being fused.
     """
     for node in list(graph.nodes):
-        if node.target in _SUMS:
+        if str(node.target) in _SUMS:
             _separate(graph, node)
-    found = [_found(node) for node in graph.nodes if node.target in _PRODUCTS]
+    found = [_found(node) for node in graph.nodes if str(node.target) in _PRODUCTS]
     for each in found:
         weight = each.node.args[1:]
         with graph.inserting_before(each.gives):
@@ -65,7 +66,8 @@ def _separate(graph: fx.Graph, node: fx.Node) -> None:
         return
     with graph.inserting_before(node):
         total = graph.call_function(torch.ops.aten.add.Tensor, (x, residual))
-        normed = graph.call_function(_SUMS[node.target], (total, *rest))
+        norm = getattr(torch.ops.llmc, _SUMS[str(node.target)]).default
+        normed = graph.call_function(norm, (total, *rest))
     for user in list(node.users):
         part = normed if user.args[1] == 0 else total
         user.replace_all_uses_with(part)
@@ -79,14 +81,14 @@ def _found(node: fx.Node) -> _Product:
     x = node.args[0]
     assert isinstance(x, fx.Node)
     product = _Product(node, x, node)
-    if x.target is _LLMC.rms_norm.default and _only_user(x) is node and x.args[1] is not None:
+    if str(x.target) == _NORM and _only_user(x) is node and x.args[1] is not None:
         product.x, product.norm = x.args[0], tuple(x.args[1:])  # pyright: ignore[reportAttributeAccessIssue]
     user = _only_user(node)
     if user is None:
         return product
-    if user.target is _LLMC.gated_activation_packed.default:
+    if str(user.target) == _GATE:
         product.gate, product.gives = str(user.args[1]), user
-    elif user.target is torch.ops.aten.add.Tensor and not user.kwargs:
+    elif str(user.target) == _SUM and not user.kwargs:
         others = [each for each in user.args if each is not node]
         # Of two products, the later one adds the other.
         if len(others) == 1 and isinstance(others[0], fx.Node) and _adds(node, others[0]):
@@ -99,7 +101,7 @@ def _adds(node: fx.Node, other: fx.Node) -> bool:
 
 
 def _is_product(value: object) -> bool:
-    return isinstance(value, fx.Node) and value.target in _PRODUCTS
+    return isinstance(value, fx.Node) and str(value.target) in _PRODUCTS
 
 
 def _only_user(value: object) -> fx.Node | None:
@@ -109,7 +111,8 @@ def _only_user(value: object) -> fx.Node | None:
 
 def _erase_unused(graph: fx.Graph) -> None:
     """What became part of products; operators that write caches stay, whoever looks at their results."""
-    names = {*_PRODUCTS, *_SUMS.values(), _LLMC.gated_activation_packed.default, torch.ops.aten.add.Tensor}
+    names = {*_PRODUCTS, *(f"llmc.{norm}.default" for norm in _SUMS.values()), _GATE, _SUM}
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and node.target in names | {operator.getitem}:
+        is_part = node.target is operator.getitem or str(node.target) in names
+        if node.op == "call_function" and not node.users and is_part:
             graph.erase_node(node)

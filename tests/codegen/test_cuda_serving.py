@@ -10,10 +10,12 @@ import pytest
 
 from llmc.artifact.cuda import CUDA_UNIT, decode_unit
 from llmc.runtime.config import RuntimeConfig
+from llmc.runtime.draft_policy import DraftPolicy
 from llmc.runtime.engine import Engine
 from llmc.runtime.page_budget import bytes_of
 from llmc.runtime.protocol import SamplingState
 from llmc.runtime.request import FinishReason, Request
+from llmc.runtime.speculation import Speculator
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -33,12 +35,12 @@ def engine_of(cuda_artifact):
     correct_interpreter()
     assert decode_unit(cuda_artifact.read_bytes(CUDA_UNIT)).kernels
 
-    def make(**settings):
+    def make(speculator=None, **settings):
         config = RuntimeConfig(max_requests=2, max_step_tokens=64, max_model_len=128, **settings)
         machine = Machine(
             device=Device("cpu"), launcher=launch_jit, recorder=None, free_bytes=1 << 30, details={}
         )
-        return Engine(make_executor(cuda_artifact, config, machine), config)
+        return Engine(make_executor(cuda_artifact, config, machine), config, speculator=speculator)
 
     return make
 
@@ -81,15 +83,40 @@ def test_a_preempted_request_and_one_with_a_known_prefix_get_their_tokens(engine
     few.close()
 
 
+@dataclass
+class Knowing:
+    """Drafts what `answers` say by request; of a text of even length the second draft is wrong."""
+
+    answers: list[list[int]]
+    is_free = True
+
+    def propose(self, requests, k):
+        drafts = {}
+        for request in requests:
+            done = len(request.token_ids) - len(request.request.prompt_token_ids)
+            draft = self.answers[request.request.request_id][done : done + k]
+            if len(request.token_ids) % 2 == 0 and len(draft) > 1:
+                draft[1] ^= 1
+            drafts[request] = tuple(draft)
+        return drafts
+
+    def forget(self, request_id):
+        pass
+
+
 def test_drafts_change_no_token(engine_of):
-    repeating = (5, 9, 11, 5, 9, 11, 5, 9, 11, 5, 9)
-    requests = ((repeating, 6, GREEDY, None), (repeating, 6, SEEDED, None))
-    plain, drafting = engine_of(), engine_of(speculation="ngram", draft_tokens=3)
+    prompt = (5, 9, 11, 5, 9, 11, 5, 9, 11, 5, 9)
+    requests = ((prompt, 7, GREEDY, None), (prompt, 7, SEEDED, None))
+    plain = engine_of()
     expected, _ = tokens_of(plain, *requests)
-    found, told = tokens_of(drafting, *requests)
-    assert sum(each.num_drafted for each in told) > 0
-    assert found == expected
     plain.close()
+    drafting = engine_of(speculator=Speculator(Knowing(expected), DraftPolicy(3)), draft_tokens=3)
+    found, told = tokens_of(drafting, *requests)
+    drafted, accepted = (
+        sum(getattr(each, name) for each in told) for name in ("num_drafted", "num_accepted")
+    )
+    assert 0 < accepted < drafted
+    assert found == expected
     drafting.close()
 
 
