@@ -1,7 +1,10 @@
-"""Decode and prefill in ONNX Runtime GenAI, models in turn in one process, and their sizes.
+"""Decode and prefill in ONNX Runtime GenAI, models in turn, and their sizes.
 
 usage: speed.py --model HF_FOLDER --builder-python PYTHON --folder FOLDER [--prompt N ...] [--tokens N]
-                [--rounds N] [--threads N]
+                [--loads N] [--rounds N] [--threads N]
+
+Each model has a process of its own: of several in one process the first one loaded was slower by a seventh,
+whichever it was. `--loads` starts them anew, since a load also decides where in memory weights lie.
 
 Makes what is missing in FOLDER: the model by llmc (recipe bench/onnx/int4.yaml), and by the own builder of
 onnxruntime-genai, run by PYTHON, at the same settings: everything in 4 bits with a scale for 32, inputs of
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import shutil
 import statistics
@@ -20,6 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -75,30 +82,70 @@ def begin(model: Any, prompt: int, tokens: int) -> tuple[Any, float]:
     return generator, time.perf_counter() - started
 
 
-def measure(
-    models: dict[str, Any], prompt: int, tokens: int, rounds: int
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of prefills and of single tokens of each model, in an order drawn anew for each run of tokens.
+def play(folder: Path, threads: int, scratch: Path, pipe: Connection) -> None:
+    """Serve one model: `(prompt, tokens)` begins a text, a number decodes as many tokens of it. Answers with
+    the seconds of each."""
+    model = open_model(folder, threads, scratch)
+    text, _ = begin(model, 8, 4)
+    pipe.send([])
+    while (asked := pipe.recv()) is not None:
+        if isinstance(asked, tuple):
+            text, seconds = begin(model, *asked)
+            pipe.send([seconds])
+            continue
+        times: list[float] = []
+        for _ in range(asked):
+            started = time.perf_counter()
+            text.generate_next_token()
+            times.append(time.perf_counter() - started)
+        pipe.send(times)
 
-    The first tokens of a run are left out: threads of the model before it still wait for work then, awake.
-    """
-    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
-    order, rng = list(models), random.Random(0)
+
+@contextmanager
+def players(folders: dict[str, Path], threads: int, scratch: Path) -> Generator[dict[str, Connection]]:
+    """A process for each folder, started in an order drawn anew, and the end of a pipe to each."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes: list[Any] = []
+    with tempfile.TemporaryDirectory(dir=scratch) as work:
+        for name in random.sample(list(folders), len(folders)):
+            pipes[name], theirs = spawn.Pipe()
+            processes.append(spawn.Process(target=play, args=(folders[name], threads, Path(work), theirs)))
+            processes[-1].start()
+            theirs.close()
+            pipes[name].recv()
+        try:
+            yield pipes
+        finally:
+            for pipe in pipes.values():
+                pipe.send(None)
+            for process in processes:
+                process.join()
+
+
+def measure(
+    pipes: dict[str, Connection],
+    prompt: int,
+    tokens: int,
+    rounds: int,
+    found: dict[str, dict[str, list[float]]],
+) -> None:
+    """Add seconds of prefills and of single tokens of each model, in an order drawn anew for each run of
+    tokens. The first tokens of a run are left out: threads of the model before it may still wait awake."""
+
+    def ask(name: str, what: object) -> list[float]:
+        pipes[name].send(what)
+        return pipes[name].recv()
+
+    order = list(pipes)
     for _ in range(rounds):
-        texts: dict[str, Any] = {}
-        rng.shuffle(order)
+        random.shuffle(order)
         for name in order:
-            texts[name], seconds = begin(models[name], prompt, tokens)
-            found[name]["prefill"].append(seconds)
+            found[name]["prefill"] += ask(name, (prompt, tokens))
         for _ in range((tokens - 1) // RUN):
-            rng.shuffle(order)
+            random.shuffle(order)
             for name in order:
-                for step in range(RUN):
-                    started = time.perf_counter()
-                    texts[name].generate_next_token()
-                    if step >= LEFT_OUT:
-                        found[name]["decode"].append(time.perf_counter() - started)
-    return found
+                found[name]["decode"] += ask(name, RUN)[LEFT_OUT:]
 
 
 def summary(found: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
@@ -124,7 +171,7 @@ def main() -> None:
     parser.add_argument("--builder-python", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--prompt", type=int, nargs="+", default=[32, 512])
-    for name, default in (("threads", 2), ("tokens", 33), ("rounds", 3)):
+    for name, default in (("threads", 2), ("tokens", 33), ("rounds", 2), ("loads", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     folders = {name: arguments.folder / name for name in NAMES}
@@ -132,17 +179,12 @@ def main() -> None:
         if not folder.exists():
             make(name, arguments.model, arguments.builder_python, folder)
     record = Record("onnx_speed")
-    scratch = Path(tempfile.mkdtemp(dir=arguments.folder))
-    try:
-        models = {name: open_model(folder, arguments.threads, scratch) for name, folder in folders.items()}
-        for model in models.values():
-            begin(model, 8, 4)
-        rows = {
-            f"prompt {prompt}": summary(measure(models, prompt, arguments.tokens, arguments.rounds))
-            for prompt in arguments.prompt
-        }
-    finally:
-        shutil.rmtree(scratch)
+    found = {prompt: {name: {"prefill": [], "decode": []} for name in NAMES} for prompt in arguments.prompt}
+    for _ in range(arguments.loads):
+        with players(folders, arguments.threads, arguments.folder) as pipes:
+            for prompt in arguments.prompt:
+                measure(pipes, prompt, arguments.tokens, arguments.rounds, found[prompt])
+    rows = {f"prompt {prompt}": summary(times) for prompt, times in found.items()}
     sizes = {
         name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         for name, folder in folders.items()
