@@ -188,7 +188,7 @@ def test_without_bytes_there_is_no_cache(make):
 
 
 class Held:
-    """An engine that, behind a first token, goes on only where it is asked for something, until let go."""
+    """An engine that, behind a first token, goes on only where it is asked for something, let go or closed."""
 
     def __init__(self):
         self.is_free = threading.Event()
@@ -202,7 +202,8 @@ class Held:
 
     def _wait(self, plan):
         if next(self._steps) >= 2:
-            while not (self.is_free.is_set() or self.llm._loop._commands.qsize()):
+            loop = self.llm._loop
+            while not (self.is_free.is_set() or loop._is_closed or loop._commands.qsize()):
                 time.sleep(0.001)
 
 
