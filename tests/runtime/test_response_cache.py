@@ -188,7 +188,7 @@ def test_without_bytes_there_is_no_cache(make):
 
 
 class Held:
-    """An engine that, behind a first token, goes on only where it is asked for something, let go or closed."""
+    """An engine that, behind a first token, goes on only where it is asked for something, freed or closed."""
 
     def __init__(self):
         self.is_free = threading.Event()
