@@ -22,7 +22,7 @@ from .assemble import Machine
 from .cubin import check_parameters
 
 # Of a block at most (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
-_SHARED_BYTES = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 # The parameter of kernels that can begin early: the architecture's, not a specialisation's.
 _OVERLAP = "PDL"
 
@@ -51,7 +51,7 @@ def compile_one(wanted: tuple[Specialisation, str]) -> Machine:
 
 def _fitting(specialisation: Specialisation, architecture: str) -> triton.compiler.CompiledKernel:
     """Compiled with as many loads ahead as were asked for, or as shared memory holds; it changes no bit."""
-    most, stages = _SHARED_BYTES[architecture], specialisation.stages
+    most, stages = SHARED_BYTES[architecture], specialisation.stages
     compiled = _compile(specialisation, architecture)
     while compiled.metadata.shared > most and stages > 1:
         stages -= 1
