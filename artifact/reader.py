@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..spec.errors import ArtifactError
 from .checksums import Problem, check_contents, check_presence
-from .schema import MANIFEST, TOKENIZER_FOLDER, FileEntry, FileKind, Manifest, decode_manifest
+from .schema import MANIFEST, SUFFIX, TOKENIZER_FOLDER, FileEntry, FileKind, Manifest, decode_manifest
 from .tensors import TensorView, read_tensors
 
 
@@ -63,6 +63,11 @@ class Artifact:
         """(path within the artifact, tensors) of each weight file, in order."""
         for entry in self.manifest.of_kind("weights"):
             yield entry.path, read_tensors(self.path / entry.path)
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether `path` looks like an artifact rather than a model, or was meant to be one."""
+    return path.suffix == SUFFIX or (path / MANIFEST).is_file()
 
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:

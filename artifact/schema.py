@@ -18,6 +18,7 @@ from ..spec.plans import CapturePlan, MemoryPlan
 from ..spec.target import Target
 
 SCHEMA_VERSION = 1
+SUFFIX = ".llmc"
 MANIFEST = "manifest.json"
 PROGRAM = "program.json"
 PORTABLE_PROGRAM = "program.portable.json"

@@ -46,11 +46,11 @@ if TYPE_CHECKING:
 @with_output
 def inspect(output: Output, path: str, **options: Any) -> None:
     """Say what ARTIFACT or MODEL is made of, and why; one question at a time."""
-    from . import inspection
+    from ..artifact.reader import is_artifact
 
     asked = Asked(**options)
     artifact = Path(path)
-    if inspection.is_artifact(artifact):
+    if is_artifact(artifact):
         data, text = _about_artifact(artifact, asked)
     else:
         data, text = _about_model(path, asked)

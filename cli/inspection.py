@@ -26,11 +26,6 @@ class Description(NamedTuple):
     text: str
 
 
-def is_artifact(path: Path) -> bool:
-    """Whether `path` looks like an artifact rather than a model, or was meant to be one."""
-    return path.suffix == ".llmc" or (path / "manifest.json").exists()
-
-
 def describe_artifact(path: Path) -> Description:
     """Model, recipe, target, sizes and passes of the artifact at `path`."""
     from ..artifact.reader import open_unchecked

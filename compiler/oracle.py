@@ -13,7 +13,7 @@ from torch import Tensor
 from ..artifact.oracle import Oracle, OraclePrompt
 from ..ir.arguments import argument
 from ..ir.program import Program
-from ..ir.weights import Expr, Reader
+from ..ir.weights import Reader, SameForm
 from ..runtime.config import RuntimeConfig
 from ..runtime.oracle import measure_prompts
 from ..spec.cache import CacheLayout
@@ -90,21 +90,10 @@ def _shaken(program: Program) -> Program:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shaken:
+class _Shaken(SameForm):
     """`of`, its values changed by about one unit in their last place."""
 
-    of: Expr
     seed: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As `of`."""
-        return self.of.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As `of`."""
-        return self.of.dtype
 
     def evaluate(self, reader: Reader) -> Tensor:
         """The changed values, always the same."""

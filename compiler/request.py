@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from ..artifact.schema import SUFFIX
 from ..codegen.base import check_installed
 from ..passes.presets import preset_named
 from ..spec.errors import UsageError
@@ -17,7 +18,6 @@ from .checkpoint import parse_dtype
 from .source import source_name
 
 VERIFY_LEVELS = ("off", "structure", "numerics")
-SUFFIX = ".llmc"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

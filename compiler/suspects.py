@@ -15,7 +15,8 @@ from torch import Tensor, fx
 from ..ir.program import Program
 from ..ir.quantized import dequantize_rows, quantize_rtn
 from ..ir.vocabulary import operator_name
-from ..passes.graph import argument
+from ..passes.fuse_linears import LINEAR
+from ..passes.graph import argument, calls
 from ..passes.quantize.replace import QUANTIZED_LINEAR
 from ..spec.quant import parse_scheme
 from .node_values import NodeRun, layer_of, relative_error, run_nodes
@@ -122,7 +123,8 @@ def first_lossy_difference(
     does; None where none does.
 
     Each product over codes is computed again on its own inputs with the weight before the pass, and with that
-    weight rounded to nearest in the same scheme.
+    weight rounded to nearest in the same scheme. A weight that makes up for what was rounded before it is
+    further from the first, and has to be nearer than the second to what the product was before the pass.
     """
     checked = _ProductCheck(before, after)
     suspect = checked.first(sequences)
@@ -155,18 +157,28 @@ class _ProductCheck:
     def first(self, sequences: Sequence[Sequence[int]]) -> Suspect | None:
         if not self._new:
             return None
-        found = run_nodes(self._after, sequences)
+        expected, found = run_nodes(self._before, sequences), run_nodes(self._after, sequences)
         for node in self._new:
             source = argument(node, "x")
             weight = str(argument(node, "codes").target).removesuffix(".codes")
             if source.name not in found.rows or weight not in self._before.weights:
                 continue
-            suspect = self._judge(node, found.rows[source.name], self._before.weights.evaluate(weight))
+            before = self._before.weights.evaluate(weight)
+            suspect = self._judge(node, found.rows[source.name], before, self._was(expected, weight))
             if suspect is not None:
                 return suspect
         return None
 
-    def _judge(self, node: fx.Node, x: Tensor, weight: Tensor) -> Suspect | None:
+    def _was(self, expected: NodeRun, weight: str) -> Tensor | None:
+        """What the product over `weight` was before the pass, its bias apart; None where there was none."""
+        for node in calls(self._before.graph, LINEAR):
+            if argument(node, "weight").target == weight and node.name in expected.rows:
+                bias = argument(node, "bias")
+                added = 0.0 if bias is None else self._before.weights.evaluate(str(bias.target)).float()
+                return expected.rows[node.name] - added
+        return None
+
+    def _judge(self, node: fx.Node, x: Tensor, weight: Tensor, was: Tensor | None) -> Suspect | None:
         values = self._after.weights.evaluate
         scheme = parse_scheme(str(argument(node, "scheme")))
         zeros = argument(node, "zeros")
@@ -178,10 +190,15 @@ class _ProductCheck:
         nearest = quantize_rtn(weight, scheme)
         rounded = dequantize_rows(*nearest, scheme, width)
         stored = dequantize_rows(parts[0], parts[1], zero_points, scheme, width)
-        allowed = _ROUNDING_FACTOR * relative_error(plain, rows @ rounded.T) + _ROUNDING_FLOOR
-        error = relative_error(plain, rows @ stored.T)
+        by_codes, by_nearest = rows @ stored.T, rows @ rounded.T
+        allowed = _ROUNDING_FACTOR * relative_error(plain, by_nearest) + _ROUNDING_FLOOR
+        error = relative_error(plain, by_codes)
         if error <= allowed:
             return None
+        if was is not None and was.numel() == plain.numel():
+            was = was.reshape(plain.shape)
+            if relative_error(was, by_codes) <= relative_error(was, by_nearest):
+                return None
         return Suspect(
             node=node.name,
             operator=operator_name(node.target),

@@ -14,26 +14,15 @@ from torch import Tensor
 
 from ..spec.quant import QuantScheme
 from .quantized import dequantize_rows
-from .weights import Cast, Concat, Expr, Permute, Reader, Slice, Stack
+from .weights import Cast, Concat, Expr, Permute, Reader, SameForm, Slice, Stack
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
+class Codes(SameForm):
     """A stored part of a quantised weight in the portable packing, which stands for `num_parameters`
     weights."""
 
-    of: Expr
     num_parameters: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As stored."""
-        return self.of.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As stored."""
-        return self.of.dtype
 
     def evaluate(self, reader: Reader) -> Tensor:
         """The part."""

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from .bands import map_bands
-from .weights import Expr, Reader
+from .weights import Expr, Reader, SameForm
 
 
 @dataclass(frozen=True, slots=True)
-class Rotated:
+class Rotated(SameForm):
     """`of` with each run of `size` elements from `start` up to `stop` along dimension `dim` turned: `x @ R`,
     with R of `rotate_rows` for `seed`. Where there is a gain, they are multiplied by `gain + offset` before.
     In the dtype of `of`."""
 
-    of: Expr
     dim: int
     size: int
     seed: int
@@ -26,16 +25,6 @@ class Rotated:
     stop: int
     gain: Expr | None = None
     offset: float = 0.0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As `of`."""
-        return self.of.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As `of`."""
-        return self.of.dtype
 
     def evaluate(self, reader: Reader) -> Tensor:
         """Turn in float32 and round once."""

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .weights import Expr, Reader
+from .weights import Expr, Reader, SameForm
 
 
 @dataclass(frozen=True, slots=True)
-class Scaled:
+class Scaled(SameForm):
     """`(of + offset) * factors - offset`, the float32 `factors` along dimension `dim`; in the dtype of `of`.
 
     `offset` is that of a norm, which multiplies with its weight plus one number.
     """
 
-    of: Expr
     factors: Expr
     dim: int
     offset: float = 0.0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As `of`."""
-        return self.of.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As `of`."""
-        return self.of.dtype
 
     def evaluate(self, reader: Reader) -> Tensor:
         """Multiply in float32 and round once."""

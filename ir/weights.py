@@ -104,6 +104,23 @@ class Expr(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class SameForm:
+    """The part of an expression that changes values, and neither their shape nor their dtype."""
+
+    of: Expr
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As `of`."""
+        return self.of.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As `of`."""
+        return self.of.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """The tensor `key` of the safetensors file at `path`."""
 

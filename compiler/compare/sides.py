@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...artifact.checksums import sha256_of
-from ...artifact.reader import Artifact, open_unchecked
-from ...artifact.schema import MANIFEST
+from ...artifact.reader import Artifact, is_artifact, open_unchecked
 from ...spec.errors import UsageError
 from ...spec.model import ModelSpec
 from ..cache.config import CacheConfig
 from ..cache.session import CompileCache
 from ..ledger import Progress
-from ..request import SUFFIX
 from ..source import find_model
 from .made import ORIGINAL, compile_side, recipe_named
 
@@ -48,7 +46,7 @@ def open_sides(request: SideRequest, cache: CompileCache, progress: Progress) ->
     Raises UsageError for fewer than two sides, recipes without a model, and artifacts that do not belong
     to one model and tokenizer, naming what differs.
     """
-    models = [path for path in request.paths if not _is_artifact(Path(path))]
+    models = [path for path in request.paths if not is_artifact(Path(path))]
     if request.recipes and len(models) != 1:
         raise _usage(
             "compare.recipes",
@@ -80,11 +78,6 @@ def open_sides(request: SideRequest, cache: CompileCache, progress: Progress) ->
     named = _distinct(sides)
     check_alike(named)
     return named
-
-
-def _is_artifact(path: Path) -> bool:
-    """Whether it is, or was meant to be."""
-    return path.suffix == SUFFIX or (path / MANIFEST).is_file()
 
 
 def _check_overrides(request: SideRequest) -> None:
