@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..artifact.cuda import CudaKernel
-from ..codegen.cuda.assemble import assemble
+from ..codegen.cuda.assemble import assemble, kernel_of
 from ..codegen.cuda.tuning import Measured, Site, measure
 from ..ir.weights import WeightStore
 from ..kernels.cuda.launch import Launch, Specialisation
@@ -41,18 +40,7 @@ class DeviceKernels:
         missing = [each for each in dict.fromkeys(wanted) if each not in self._functions]
         made = assemble([(each, self._architecture) for each in missing])
         for each, machine in zip(missing, made, strict=True):
-            kernel = CudaKernel(
-                key=each.key,
-                architecture=self._architecture,
-                file="",
-                name=machine.name,
-                parameters=each.parameters,
-                warps=machine.warps,
-                shared_bytes=machine.shared_bytes,
-                registers=machine.registers,
-                stack_bytes=machine.stack_bytes,
-                toolkit=machine.toolkit,
-            )
+            kernel = kernel_of(each, self._architecture, machine)
             self._functions[each] = load_kernel(self._driver, kernel, machine.cubin)
 
     def __call__(self, launch: Launch) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from llmc.codegen.cuda.assemble import Machine, assemble
+from llmc.codegen.cuda.assemble import Machine, assemble, kernel_of
 from llmc.kernels.cuda.launch import Launch, Specialisation
 
 # Where parts work; `rehearsal.rehearse` makes it the CPU before they are imported.
@@ -35,14 +35,12 @@ class CompiledOnDemand:
     ) -> None:
         os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
         torch.zeros(1, device=DEVICE)
-        from llmc.artifact.cuda import CudaKernel
         from llmc.runtime.executors import cuda_driver, cuda_kernels
 
         self.driver = cuda_driver.CudaDriver(library)
         self.stream = current_stream
         self._compile_one = compile_one or _compile_here
         self._load, self._parameter = cuda_kernels.load_kernel, cuda_kernels.parameter_value
-        self._kernel_type = CudaKernel
         self._functions: dict = {}
         self.machines: dict[str, Machine] = {}
         # Whether kernels that can may begin before the launch ahead of them has ended.
@@ -80,18 +78,7 @@ class CompiledOnDemand:
 
     def _loaded(self, specialisation: Specialisation, machine: Machine):
         self.machines[specialisation.key] = machine
-        kernel = self._kernel_type(
-            key=specialisation.key,
-            architecture=architecture(),
-            file="",
-            name=machine.name,
-            parameters=specialisation.parameters,
-            warps=machine.warps,
-            shared_bytes=machine.shared_bytes,
-            registers=machine.registers,
-            stack_bytes=machine.stack_bytes,
-            toolkit=machine.toolkit,
-        )
+        kernel = kernel_of(specialisation, architecture(), machine)
         return self._load(self.driver, kernel, machine.cubin)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from ...artifact.cuda import CudaKernel
 from ...kernels.cuda.launch import Specialisation
 from ...spec.errors import TargetError
 from ..base import RecallBytes, compute_bytes
@@ -37,6 +38,26 @@ class Machine:
     stack_bytes: int
     toolkit: str
     overlaps: bool = False
+
+
+def kernel_of(
+    specialisation: Specialisation, architecture: str, machine: Machine, file: str = "", ptx: str = ""
+) -> CudaKernel:
+    """What a launch must know of a compiled specialisation; `file` and `ptx` name where its code is kept."""
+    return CudaKernel(
+        key=specialisation.key,
+        architecture=architecture,
+        file=file,
+        name=machine.name,
+        parameters=specialisation.parameters,
+        warps=machine.warps,
+        shared_bytes=machine.shared_bytes,
+        registers=machine.registers,
+        stack_bytes=machine.stack_bytes,
+        toolkit=machine.toolkit,
+        ptx=ptx,
+        overlaps=machine.overlaps,
+    )
 
 
 def require_triton() -> None:

@@ -22,7 +22,7 @@ from ...kernels.cuda.launch import Specialisation
 from ...spec.target import Target
 from ..base import RecallBytes, compute_bytes
 from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
-from .assemble import Machine, assemble, require_triton
+from .assemble import Machine, assemble, kernel_of, require_triton
 from .dry_walk import Needs, needs_of
 from .words import CodesOfWords, stored_weights, word_weights
 
@@ -112,17 +112,4 @@ def _write_kernel(
     writer.write_bytes(file, "kernel", machine.cubin)
     if ptx:
         writer.write_bytes(ptx, "kernel", machine.ptx)
-    return CudaKernel(
-        key=specialisation.key,
-        architecture=architecture,
-        file=file,
-        name=machine.name,
-        parameters=specialisation.parameters,
-        warps=machine.warps,
-        shared_bytes=machine.shared_bytes,
-        registers=machine.registers,
-        stack_bytes=machine.stack_bytes,
-        toolkit=machine.toolkit,
-        ptx=ptx,
-        overlaps=machine.overlaps,
-    )
+    return kernel_of(specialisation, architecture, machine, file, ptx)
