@@ -23,14 +23,15 @@ from .cubin import check_parameters
 
 # Of a block at most (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
-# The parameter of kernels that can begin early: the architecture's, not a specialisation's.
-_OVERLAP = "PDL"
+# Constants of kernels that are the architecture's, not a specialisation's, and the first that has what they
+# ask for: launches that begin early, products of e4m3.
+FEATURES = {"PDL": 90, "E4M3": 89}
 
 
 def compile_one(wanted: tuple[Specialisation, str]) -> Machine:
     """Machine code of a specialisation for an architecture, its parameters checked."""
     specialisation, architecture = wanted
-    overlaps = _can_overlap(kernel_function(specialisation.kernel), architecture)
+    overlaps = _features(kernel_function(specialisation.kernel), architecture).get("PDL", False)
     compiled = _fitting(specialisation, architecture)
     cubin = compiled.asm["cubin"]
     metadata = compiled.metadata
@@ -66,9 +67,10 @@ def _fitting(specialisation: Specialisation, architecture: str) -> triton.compil
     return compiled
 
 
-def _can_overlap(function: triton.JITFunction, architecture: str) -> bool:
-    """Whether a launch of it may begin before the one ahead has ended: it waits, and the hardware can."""
-    return _OVERLAP in function.arg_names and int(architecture.removeprefix("sm_")) >= 90
+def _features(function: triton.JITFunction, architecture: str) -> dict[str, bool]:
+    """Which of what a kernel can use an architecture has."""
+    number = int(architecture.removeprefix("sm_"))
+    return {name: number >= first for name, first in FEATURES.items() if name in function.arg_names}
 
 
 def _compile(specialisation: Specialisation, architecture: str) -> triton.compiler.CompiledKernel:
@@ -77,8 +79,7 @@ def _compile(specialisation: Specialisation, architecture: str) -> triton.compil
     constants = dict(specialisation.constants) | {
         name: None for name, kind in types.items() if kind == "none"
     }
-    if _OVERLAP in function.arg_names:
-        constants[_OVERLAP] = _can_overlap(function, architecture)
+    constants |= _features(function, architecture)
     signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
     aligned = [["tt.divisibility", 16]]
     hints = {(i,): aligned for i, name in enumerate(function.arg_names) if signature[name].startswith("*")}

@@ -1,5 +1,5 @@
-"""Which operators around a matrix product become part of it: the norm before, the gated activation and the
-residual addition behind.
+"""Which operators become part of others: of a matrix product the norm before, the gated activation and the
+residual addition behind; of rotation and cache write the norms of queries and keys.
 
     rms_norm → linear → gated_activation_packed → linear → add_rms_norm    →    product → product → product
 """
@@ -16,6 +16,7 @@ from torch import fx
 
 # What may be fused, by name: operators need not be registered when this module is imported.
 _PRODUCTS = ("llmc.linear.default", "llmc.quantized_linear.default")
+_ROTATION = "llmc.rope_kv_write.default"
 _NORM, _GATE, _SUM = "llmc.rms_norm.default", "llmc.gated_activation_packed.default", "aten.add.Tensor"
 # A sum and its norm in one -> the norm alone.
 _SUMS = {
@@ -59,6 +60,29 @@ def fuse_products(graph: fx.Graph, multiply: Callable[..., Any]) -> None:
     _erase_unused(graph)
 
 
+def fuse_rotations(graph: fx.Graph, rotate: Callable[..., Any]) -> None:
+    """Replace `llmc.rope_kv_write(q, k, v, *rest)` of RMS norms of q and k that nobody else needs by
+    `rotate(q, k, v, norms, *rest)`: `norms` are the weights of both, and eps, offset and style."""
+    for node in list(graph.nodes):
+        if str(node.target) != _ROTATION:
+            continue
+        q, k, v, *rest = node.args
+        q_norm, k_norm = _norm_of(q, node), _norm_of(k, node)
+        if q_norm is None or k_norm is None or q_norm[1:] != k_norm[1:]:
+            continue
+        node.target = rotate
+        node.args = (q.args[0], k.args[0], v, (q_norm[0], *k_norm), *rest)
+        graph.erase_node(q)
+        graph.erase_node(k)
+
+
+def _norm_of(value: Any, user: fx.Node) -> tuple[Any, ...] | None:
+    """Weight, eps, offset and style of the RMS norm that `value` is, where `user` alone needs it."""
+    if _only_user(value) is not user or str(value.target) != _NORM or value.args[1] is None:
+        return None
+    return tuple(value.args[1:])
+
+
 def _separate(graph: fx.Graph, node: fx.Node) -> None:
     """A sum and its norm as two operators, where the sum can be part of a product."""
     x, residual, *rest = node.args
@@ -81,8 +105,9 @@ def _found(node: fx.Node) -> _Product:
     x = node.args[0]
     assert isinstance(x, fx.Node)
     product = _Product(node, x, node)
-    if str(x.target) == _NORM and _only_user(x) is node and x.args[1] is not None:
-        product.x, product.norm = x.args[0], tuple(x.args[1:])  # pyright: ignore[reportAttributeAccessIssue]
+    norm = _norm_of(x, node)
+    if norm is not None:
+        product.x, product.norm = x.args[0], norm  # pyright: ignore[reportAttributeAccessIssue]
     user = _only_user(node)
     if user is None:
         return product

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .overlap import NOT_EARLY, follow
 from .tiles import load_rows, rows_of_tile, scales_of_rows, store_rows, sum_parts, weight_rows
-from .words import word_pairs
+from .words import exponents, word_pairs
 
 
 @triton.jit
@@ -114,6 +114,7 @@ def word_group(
     words,
     scale,
     lift,
+    ones,
     x_ptr,
     norm_ptr,
     row,
@@ -136,7 +137,7 @@ def word_group(
     depth = tl.arange(0, 32)
     part = tl.zeros([BN, BM], tl.float32)
     for digit in tl.static_range(FIRST, FIRST + DIGITS):  # pyright: ignore[reportGeneralTypeIssues]
-        codes = (word_pairs(words, digit, BN) - lift).to(tl.bfloat16)
+        codes = (word_pairs(words, ones, digit, BN) - lift).to(tl.bfloat16)
         k = k0 + 32 * digit + depth
         x = load_rows(x_ptr, norm_ptr, row, at, k, M, offset, K, K % 128 == 0, NORM)
         part = tl.dot(codes.to(x.dtype), x, part, input_precision="ieee")
@@ -172,6 +173,7 @@ def word_part(
     """The sum over blocks `start` … `stop` of 128 codes."""
     word = tl.arange(0, 16)
     sums = tl.zeros([BN, BM], tl.float32)
+    ones = exponents(M)
     # Half of a turn is not for its weights: blocks share it, where registers allow.
     for block in tl.range(start, stop, loop_unroll_factor=UNROLL):
         words = tl.load(words_ptr + held[:, None] * (BLOCKS * 16) + (block * 16 + word)[None, :])
@@ -184,7 +186,7 @@ def word_part(
             else:
                 zero = tl.load(zeros_ptr + held * GROUPS + group).to(tl.float32)
                 lift = (zero + 128.0).to(tl.bfloat16)[:, None]
-            given = (words, scale, lift, x_ptr, norm_ptr, row, at, block * 128, M, offset)
+            given = (words, scale, lift, ones, x_ptr, norm_ptr, row, at, block * 128, M, offset)
             sums += word_group(*given, K, first, DIGITS, BN, BM, NORM)
     return sums
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .overlap import NOT_EARLY, follow
-from .rounding import byte_values
+from .rounding import NO_E4M3, byte_values
 from .tiles import load_rows, rows_of_tile, scales_of_rows, store_rows, sum_parts, weight_rows
 from .words import byte_values_of_words
 
@@ -25,7 +25,7 @@ def load_codes(
     if FULL:
         return tl.load(codes_ptr + address)
     else:
-        return tl.load(codes_ptr + address, mask=k[None, :] < STORED // step, other=0)
+        return tl.load(codes_ptr + address, mask=k[None, :] < STORED // step, other=0.0)
 
 
 @triton.jit
@@ -42,6 +42,9 @@ def byte_product(
     """`part` plus the product of codes of the weight and of x, which are values where `X_FORM` is empty."""
     if X_FORM == "int8" and FORM == "int8":
         return tl.dot(codes, x, part, out_dtype=tl.int32)
+    elif codes.dtype == tl.float8e4nv:
+        # Tensor cores keep some 14 bits of such sums: no more than a step's are left to them.
+        return tl.dot(codes, x, part, max_num_imprecise_acc=BK)
     else:
         if PACKED:
             left = byte_values_of_words(codes, FORM, BN, BK // 4)
@@ -104,14 +107,21 @@ def linear_bytes(
     FORM: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
     ADDS: tl.constexpr, SPLITS: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr = NOT_EARLY,
+    E4M3: tl.constexpr = NO_E4M3,
 ):  # fmt: skip
     """`llmc.quantized_linear` over symmetric one-byte codes `[N, STORED]`, scales `[N, GROUPS]`.
 
     `FORM` is `int8` or `fp8` (e4m3, given as bytes); `PACKED` are given as words of four. `X_FORM` is empty
     where x has values; otherwise x has codes of it, and float32 scales of rows: int8 by int8 is summed in
-    integers, exactly; others as bfloat16, which holds every code. Grid and the rest as `linear`.
+    integers, exactly; others as bfloat16, which holds every code, but e4m3 by e4m3 as itself where the
+    architecture multiplies it (`E4M3`). Grid and the rest as `linear`.
     """
     follow(PDL)
+    both_fp8: tl.constexpr = E4M3 and X_FORM == "fp8" and FORM == "fp8"
+    packed: tl.constexpr = PACKED and not both_fp8
+    if both_fp8:
+        codes_ptr = codes_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+        x_ptr = x_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
     taken = rows_of_tile(experts_ptr, pairs_ptr, M, x_stride, BM, SHARED)
     row, at, expert = taken  # pyright: ignore[reportGeneralTypeIssues]
     held = weight_rows(N, BN, GATE)
@@ -119,7 +129,7 @@ def linear_bytes(
     if SHARED > 0:
         stop = tl.where(expert < 0, 0, GROUPS)
         first_row = tl.maximum(expert, 0).to(tl.int64) * N
-        codes_ptr += first_row * (STORED // 4 if PACKED else STORED)
+        codes_ptr += first_row * (STORED // 4 if packed else STORED)
         scales_ptr += first_row * GROUPS
         if HAS_BIAS:
             bias_ptr += first_row
@@ -134,7 +144,7 @@ def linear_bytes(
     for part in tl.range(0, 1 if APART else SPLITS):
         first = own + part * each
         place = (first, tl.minimum(first + each, whole), stop, M, offset)
-        sums += byte_part(*given, *place, K, STORED, GROUPS, GROUP, BM, BN, BK, X_FORM, FORM, PACKED, NORM)
+        sums += byte_part(*given, *place, K, STORED, GROUPS, GROUP, BM, BN, BK, X_FORM, FORM, packed, NORM)
     if APART:
         sums, M = sum_parts(partial_ptr, arrived_ptr, sums, row, M, SPLITS, BN, BM)
     if NORM != "":

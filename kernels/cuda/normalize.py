@@ -12,6 +12,16 @@ from .tiles import inverse_rms, weighed
 
 
 @triton.jit
+def scaled(wide, x, weight, offset, CAST_FIRST: tl.constexpr):
+    """The norm `wide` of x, float32, by its weight; `CAST_FIRST` is style `cast_then_scale`."""
+    if CAST_FIRST:
+        scale = (weight.to(tl.float32) + offset).to(weight.dtype)
+        return wide.to(x.dtype).to(tl.float32) * scale.to(tl.float32)
+    else:
+        return wide * (weight.to(tl.float32) + offset)
+
+
+@triton.jit
 def normalize(
     x_ptr,
     residual_ptr,
@@ -53,11 +63,7 @@ def normalize(
     element = out_ptr.dtype.element_ty
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-        if CAST_FIRST:
-            scale = (weight.to(tl.float32) + offset).to(weight.dtype)
-            wide = wide.to(x.dtype).to(tl.float32) * scale.to(tl.float32)
-        else:
-            wide = wide * (weight.to(tl.float32) + offset)
+        wide = scaled(wide, x, weight, offset, CAST_FIRST)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
         if CAST_FIRST:

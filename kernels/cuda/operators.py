@@ -208,6 +208,19 @@ class CudaOperators(CudaMixtures):
         out = self._rope_write(q, k, v, positions, inv_freq, scale, style, tail, caches)
         return out, k.new_empty(0)
 
+    def normed_rope_kv_write(self, q: Any, k: Any, v: Any, norms: tuple[Any, ...], *rest: Any) -> Any:
+        """`llmc.rope_kv_write(q, k, v, *rest)` of `llmc.rms_norm` of q and of k; `norms` are the weights of
+        both and eps, offset and style, which they share. Where dtypes differ, operators stay apart."""
+        q_weight, k_weight, eps, offset, style = norms
+        same = q_weight.dtype == q.dtype and k_weight.dtype == k.dtype
+        if not same and style == "cast_then_scale":
+            q, k = (self.rms_norm(x, w, eps, offset, style) for x, w in ((q, q_weight), (k, k_weight)))
+            return self.rope_kv_write(q, k, v, *rest)
+        *angles, k_cache, v_cache, slots = rest[:8]
+        caches = (k_cache, v_cache, slots, *(rest[8:] or (None, None)))
+        norms = (q_weight, k_weight, float(eps), float(offset), style)
+        return self._rope_write(q, k, v, *angles, caches, norms), k.new_empty(0)
+
     def _rope_write(
         self,
         q: Any,
@@ -218,17 +231,20 @@ class CudaOperators(CudaMixtures):
         scale: float,
         style: str,
         tail: bool,
-        caches: tuple[Any, Any, Any, Any, Any],
+        caches: tuple[Any, ...],
+        norms: tuple[Any, ...] = (None, None, None, None, ""),
     ) -> Any:
         k_cache, v_cache, slots, k_scales, v_scales = caches
+        q_norm, k_norm, eps, offset, norm = norms
         codes = _cache_codes(k_cache)
         q, k, v = (None if x is None else self._heads(x) for x in (q, k, v))
         some = k if q is None else q
         width = some.shape[2]
         turning = 0 if inv_freq is None else 2 * inv_freq.shape[0]
         out = None if q is None else self.empty(q, q.shape, None)
-        values = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "positions_ptr": positions, "inv_freq_ptr": inv_freq}
-        values |= {"scale": float(scale), "q_out_ptr": out}
+        values = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "q_norm_ptr": q_norm, "k_norm_ptr": k_norm}
+        values |= {"positions_ptr": positions, "inv_freq_ptr": inv_freq, "scale": float(scale)}
+        values |= {"eps": eps, "offset": offset, "q_out_ptr": out}
         values |= {"k_cache_ptr": _as_bytes(k_cache), "v_cache_ptr": _as_bytes(v_cache), "slots_ptr": slots}
         values |= {"k_scales_ptr": k_scales, "v_scales_ptr": v_scales}
         heads = 0 if q is None else q.shape[1]
@@ -244,6 +260,7 @@ class CudaOperators(CudaMixtures):
             "R": turning,
             "FIRST": width - turning if tail else 0,
             "STYLE": style,
+            "NORM": norm,
             "TURNS": turning > 0,
             "CODES": codes,
             "BLOCK": power_of_two(max(width, 0 if v is None else v.shape[2])),

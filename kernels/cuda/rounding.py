@@ -10,6 +10,9 @@ import triton.language as tl
 
 from .overlap import NOT_EARLY, follow
 
+# The default of kernels; where the architecture multiplies e4m3, they are compiled with the contrary.
+NO_E4M3 = tl.constexpr(False)
+
 
 @triton.jit
 def byte_values(codes, FORM: tl.constexpr):

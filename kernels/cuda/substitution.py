@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .fusing import fuse_products
+from .fusing import fuse_products, fuse_rotations
 from .operators import CudaOperators
 
 _NAMES = (
@@ -32,8 +32,8 @@ _NAMES = (
 def substitute(
     graph: fx.Graph, operators: CudaOperators, multiply: Callable[..., Any] | None = None
 ) -> fx.Graph:
-    """A copy of `graph` that calls `operators` for those they have, products with what is around them:
-    `multiply` stands in for their `product`.
+    """A copy of `graph` that calls `operators` for those they have, products and rotations with what is
+    around them: `multiply` stands in for their `product`.
 
     Others, ATen's among them, keep their target: torch runs them, on the device of their inputs.
     """
@@ -51,6 +51,7 @@ def substitute(
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     fuse_products(copy, multiply or operators.product)
+    fuse_rotations(copy, operators.normed_rope_kv_write)
     for node in copy.nodes:
         if node.op == "call_function":
             node.target = ours.get(node.target, node.target)

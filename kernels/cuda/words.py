@@ -22,14 +22,22 @@ def word_codes(words_ptr, column, inside):
 
 
 @triton.jit
-def word_pairs(words, DIGIT: tl.constexpr, ROWS: tl.constexpr):
-    """`128 + code` as bfloat16 `[ROWS, 32]`, for digit `DIGIT` of `words[ROWS, 16]`.
+def word_pairs(words, ones, DIGIT: tl.constexpr, ROWS: tl.constexpr):
+    """`128 + code` as bfloat16 `[ROWS, 32]`, for digit `DIGIT` of `words[ROWS, 16]`; `ones` is
+    `exponents(…)`.
 
     0x4300 is 128 in bfloat16, whose last 7 bits then count in ones (after Kim et al. 2022, "Who says
     elephants can't run").
     """
-    pair = halves(((words >> (4 * DIGIT)) & 0x000F000F) | 0x43004300)
+    pair = halves(((words >> (4 * DIGIT)) & 0x000F000F) | ones)
     return tl.join(pair[0], pair[1]).reshape(ROWS, 32)
+
+
+@triton.jit
+def exponents(M):
+    """0x43004300, which depends on the number of rows as far as the compiler knows: in a register, and not
+    part of an instruction, one logic operation takes it together with a mask."""
+    return tl.where(M >= 0, 0x43004300, 0)
 
 
 @triton.jit

@@ -43,6 +43,9 @@ def attention(operators):
     kv, slots = torch.empty(2, 2, 32, dtype=BF16), torch.zeros(2, dtype=torch.int64)
     angles = (slots, torch.empty(16), 1.0, "half", False)
     operators.rope_kv_write(q, kv, kv, *angles, cache, cache, slots)
+    weight = torch.empty(32, dtype=BF16)
+    norms = (weight, weight, 1e-6, 0.0, "cast_then_scale")
+    operators.normed_rope_kv_write(q, kv, kv, norms, *angles, cache, cache, slots)
     table = torch.zeros(2, 3, dtype=torch.int64)
     for starts in (torch.arange(3), torch.tensor([0, 2])):
         operators.paged_attention(q, cache, cache, q, table, starts, slots, None, 1.0, 0, 0.0, 0)
@@ -82,12 +85,12 @@ WORK = [products, mixture, attention, coded_attention, step]
 
 @pytest.mark.parametrize("work", WORK)
 def test_launches_name_parameters_in_order(work):
+    from llmc.codegen.cuda.worker import FEATURES
     from llmc.kernels.cuda.jit import kernel_function
 
     for launch in launched(work):
         specialisation = launch.specialisation
-        # Whether it begins early is the architecture's.
-        names = [n for n in kernel_function(specialisation.kernel).arg_names if n != "PDL"]
+        names = [n for n in kernel_function(specialisation.kernel).arg_names if n not in FEATURES]
         runtime = [name for name, _ in specialisation.types]
         constants = [name for name, _ in specialisation.constants]
         assert runtime == [name for name in names if name in runtime], specialisation.kernel

@@ -165,6 +165,53 @@ def test_rope_and_the_write_into_the_cache(operators, style, turning, tail):
     assert torch.equal(again[0][0, 3], k[0])
 
 
+@pytest.mark.parametrize("style", ["cast_then_scale", "scale_then_cast"])
+@pytest.mark.parametrize("form", [BF16, torch.int8, torch.float8_e4m3fn])
+def test_norms_of_queries_and_keys_are_part_of_rotation_and_write(operators, form, style):
+    tokens, groups, width, page = 5, 2, 24, 4
+    fused = torch.randn(tokens, 8 * width).to(BF16)
+    q, k, v = (part.view(tokens, -1, width) for part in fused.split([4 * width, 2 * width, 2 * width], dim=1))
+    q_weight, k_weight = (torch.randn(width).to(BF16) for _ in range(2))
+    how = (1e-6, 1.0, style)
+    positions, slots = torch.tensor([0, 1, 2, 700, 9]), torch.tensor([3, 9, -1, 31, 0])
+    angles = (positions, 1e4 ** -(torch.arange(0, 16, 2) / 16), 1.0, "half", False)
+
+    def caches():
+        codes = [torch.zeros(8, page, groups, width).to(form) for _ in range(2)]
+        return codes if form == BF16 else [*codes, *(torch.zeros(8, page, groups) for _ in range(2))]
+
+    def values(held):
+        return [cache.float() * scales[..., None] for cache, scales in zip(held[:2], held[2:], strict=True)]
+
+    ours, theirs = caches(), caches()
+    norms = (q_weight, k_weight, *how)
+    found, _ = operators.normed_rope_kv_write(q, k, v, norms, *angles, *ours[:2], slots, *ours[2:])
+    normed = [torch.ops.llmc.rms_norm(x, w, *how) for x, w in ((q, q_weight), (k, k_weight))]
+    expected, _ = torch.ops.llmc.rope_kv_write(*normed, v, *angles, *theirs[:2], slots, *theirs[2:])
+    close(found, expected)
+    if form == BF16:
+        close(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+        return
+    # A step of a code more: of the largest, 1/127, or 1/14 of e4m3.
+    for mine, other in zip(values(ours), values(theirs), strict=True):
+        close(mine, other, 0.03 if form == torch.int8 else 0.1)
+
+
+def test_norms_of_another_dtype_stay_apart(operators):
+    q, k = torch.randn(3, 2, 16).to(BF16), torch.randn(3, 1, 16).to(BF16)
+    weights, how = (torch.randn(16), torch.randn(16)), (1e-6, 0.0, "cast_then_scale")
+    positions = torch.arange(3)
+    angles = (positions, torch.rand(8), 1.0, "half", False)
+    ours, theirs = ([torch.zeros(2, 4, 1, 16) for _ in range(2)] for _ in range(2))
+    v = k.float()
+    found, _ = operators.normed_rope_kv_write(q, k, v, (*weights, *how), *angles, *ours, positions)
+    normed = [torch.ops.llmc.rms_norm(x, w, *how) for x, w in zip((q, k), weights, strict=True)]
+    expected, _ = torch.ops.llmc.rope_kv_write(*normed, v, *angles, *theirs, positions)
+    close(found, expected)
+    close(ours[0], theirs[0])
+
+
 @pytest.mark.parametrize("form", [torch.int8, torch.float8_e4m3fn])
 def test_a_cache_of_codes_is_written_as_the_reference_writes_it(operators, form):
     tokens, groups, width, page = 6, 2, 24, 4

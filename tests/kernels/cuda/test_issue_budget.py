@@ -21,10 +21,10 @@ pytest.importorskip("triton")
 N, K = 4096, 4096
 
 
-def specialisation_of(weight, n, k, norm=False, gate=""):
-    """The product that one row launches."""
+def specialisation_of(weight, n, k, norm=False, gate="", rows=1):
+    """The product that `rows` rows launch."""
     found = []
-    x, factor = torch.empty(1, k, dtype=torch.bfloat16), torch.empty(k, dtype=torch.bfloat16)
+    x, factor = torch.empty(rows, k, dtype=torch.bfloat16), torch.empty(k, dtype=torch.bfloat16)
     operators = CudaOperators(lambda launch: found.append(launch.specialisation))
     operators.product(x, weight, (factor, 1e-5, 0.0, "cast_then_scale") if norm else None, gate, None)
     return found[-1]
@@ -40,10 +40,10 @@ def dense(**around):
     return specialisation_of((torch.empty(N, K, dtype=torch.bfloat16), None), N, K, **around)
 
 
-def code_bytes(scheme, groups):
+def code_bytes(scheme, groups, activation="", **around):
     dtype = torch.int8 if scheme.startswith("int8") else torch.float8_e4m3fn
     codes, scales = torch.empty(N, K, dtype=dtype), torch.empty(N, groups, dtype=torch.float16)
-    return specialisation_of((codes, scales, None, None, scheme), N, K)
+    return specialisation_of((codes, scales, None, None, scheme, activation, None), N, K, **around)
 
 
 def disassembler():
@@ -86,6 +86,7 @@ CASES = {
     "bf16_normed": (lambda: dense(norm=True), 128, 5.2),
     "int8_g32": (lambda: code_bytes("int8_g32", K // 32), 32, 10.5),
     "fp8": (lambda: code_bytes("fp8_channel", 1), 128, 6.0),
+    "fp8_by_fp8": (lambda: code_bytes("fp8_channel", 1, "fp8_token"), 128, 2.0),
 }
 FAST = ("int4_g128",)
 
@@ -104,6 +105,17 @@ def test_instructions_a_weight(name):
     assert found <= most
     assert machine.stack_bytes == 0
     assert machine.overlaps
+
+
+@pytest.mark.slow
+def test_e4m3_is_multiplied_as_itself_where_the_architecture_does():
+    few, many = (code_bytes("fp8_channel", 1, "fp8_token", rows=rows) for rows in (1, 200))
+    instructions = {"sm_80": "HMMA", "sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA"}
+    wanted = [(each, name) for name in instructions for each in (few, many)]
+    for (_, name), machine in zip(wanted, assemble(wanted), strict=True):
+        found = set(re.findall(r"\b[A-Z]*MMA\b", disassembled(machine.cubin)))
+        assert found == {instructions[name]}, name
+        assert machine.stack_bytes == 0, name
 
 
 @pytest.mark.slow
