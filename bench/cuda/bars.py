@@ -54,11 +54,21 @@ def _price(found: dict[str, Any]) -> float:
 
 BARS = (
     Bar("decode b1 8B bf16, of 4.8 TB/s", 0.75, _share(f"{_8B} bf16", _ONE)),
+    Bar(
+        "decode b1 8B bf16, of the measured copy rate",
+        0.84,
+        lambda found: found[f"{_8B} bf16"][_ONE]["gb_s"] / found["limits"]["copy_gb_s"],
+    ),
     Bar("decode b1 8B int4 g128, of 4.8 TB/s", 0.55, _share(f"{_8B} int4_g128", _ONE)),
     Bar(
         "decode b1 8B int4 over our bf16",
         2.4,
         _ratio((f"{_8B} int4_g128", _ONE, "tok_s"), (f"{_8B} bf16", _ONE, "tok_s")),
+    ),
+    Bar(
+        "decode b1 8B int4 over compiled int4 of torch",
+        1.5,
+        _ratio((f"{_8B} int4_g128", _ONE, "tok_s"), ("compiled int4 llama-3.1-8b", _ONE, "tok_s")),
     ),
     Bar("decode b1 8B fp8, of 4.8 TB/s", 0.65, _share(f"{_8B} fp8", _ONE)),
     Bar("decode b1 1B bf16, of 4.8 TB/s", 0.62, _share(f"{_1B} bf16", _ONE)),

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tree import REPOSITORY, missing_libraries, use_tree
+from tree import REPOSITORY, NotCarried, missing_libraries, use_tree
 
 Parts = dict[str, Callable[[], object]]
 
@@ -67,6 +67,7 @@ def rates(launcher) -> Parts:
 def models_parts(launcher, out: Path) -> Parts:
     """Whole steps, engines around them, peers, and the start of a process."""
     from engines import engine_rates, machine_of
+    from llama_cpp import llama_rates
     from peers import library_mixture, our_mixture, static_rates
     from start import start_times
 
@@ -81,6 +82,8 @@ def models_parts(launcher, out: Path) -> Parts:
                     s, p, machine_of(launcher)
                 )
     named["transformers llama-3.1-8b"] = partial(static_rates, "llama-3.1-8b")
+    named["compiled int4 llama-3.1-8b"] = partial(static_rates, "llama-3.1-8b", int4=True)
+    named["llama.cpp llama-3.1-8b"] = partial(llama_rates, "llama-3.1-8b", out / "llama.cpp")
     named["mixed llama-3.2-1b bf16"] = partial(our_mixture, "llama-3.2-1b", "bf16", launcher)
     named["transformers mixed llama-3.2-1b"] = partial(library_mixture, "llama-3.2-1b")
     named["start llama-3.1-8b bf16"] = partial(start_times, "llama-3.1-8b", out / "start")
@@ -209,6 +212,9 @@ def run(named: Parts, out: Path, until: float) -> list[str]:
         began = time.perf_counter()
         try:
             found = work()
+        except NotCarried as missing:
+            print(f"{name}: not run. {missing}", flush=True)
+            continue
         except Exception as error:  # noqa: BLE001 - one part's failure must not keep the others from running
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
             left.append(name)

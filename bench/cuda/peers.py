@@ -1,5 +1,5 @@
 """What users run today, on the same shapes in the same run: transformers with a static cache and compiled
-steps, and its continuous batching beside our engine."""
+steps, in bfloat16 and over int4 weights, and its continuous batching beside our engine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 import torch
 from device import DEVICE, CompiledOnDemand, settled
 from engines import SAMPLINGS, Served, generated, machine_of
+from int4_peer import use_int4
 
 import models
 from llmc.runtime.config import RuntimeConfig
@@ -29,15 +30,16 @@ def library_model(shape: str):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def static_rates(shape: str) -> dict:
-    """Seconds a decode step of transformers with a static cache, compiled as its documentation says."""
+def static_rates(shape: str, *, int4: bool = False) -> dict:
+    """Seconds a decode step of transformers with a static cache, compiled as its documentation says; with
+    `int4`, over the weights of gpt-fast and torchao."""
     from transformers import StaticCache
 
     model = library_model(shape)
+    found: dict = {"weights": use_int4(model) if int4 else "bfloat16"}
     forward = model.forward
     if DEVICE != "cpu":
         forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-    found: dict = {}
     for batch, context in DECODE:
         cache = StaticCache(config=model.config, max_cache_len=context)
         ids = torch.randint(2, models.VOCABULARY, (batch, context - 40), device=DEVICE)

@@ -97,7 +97,9 @@ def rehearse() -> None:
     device.DEVICE = "cpu"
     import engines
     import graphs
+    import int4_peer
     import limits
+    import llama_cpp
     import peers
     import rates
 
@@ -119,6 +121,8 @@ def rehearse() -> None:
     engines.CONFIG = {"max_requests": 2, "max_step_tokens": 32, "max_model_len": 64}
     peers.MIXED = {"requests": 2, "least": 2, "most": 4}
     peers.DECODE = ((1, 44), (2, 46))
+    int4_peer.GROUP, int4_peer.INNER = 32, 2
+    llama_cpp.PROMPT, llama_cpp.GENERATED = 8, 4
 
 
 def loaded_by_stub(artifact) -> dict:

@@ -13,6 +13,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "triton", "transformers", "safetensors", "tokenizers", "numpy", "jinja2", "pytest")
 
 
+class NotCarried(Exception):
+    """What a part measures is not on this machine, and nothing else needs it."""
+
+
 def missing_libraries() -> list[str]:
     """Those of `LIBRARIES` that are not installed."""
     return [name for name in LIBRARIES if find_spec(name) is None]
