@@ -65,14 +65,17 @@ def results_folder(output: Path) -> Generator[Path]:
     """The hidden folder beside `output` where passes keep what they compute.
 
     It goes when the block ends or raises an error that running again would meet again; it stays when the
-    process is interrupted or the disk was full, so that the same command takes up where it stopped.
+    process is interrupted or the disk was full, so that the same command takes up where it stopped: the error
+    then says where it is.
     """
     folder = output.with_name(f".{output.name}.results")
     try:
         yield folder
     except LlmcError as error:
-        if error.code not in _RESUMABLE:
-            shutil.rmtree(folder, ignore_errors=True)
+        if error.code in _RESUMABLE and folder.is_dir():
+            kept = f"What is computed so far is kept in {str(folder)!r}, and the same command goes on from it."
+            raise type(error)(error.code, error.what, error.why, f"{error.fix} {kept}") from error
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
 

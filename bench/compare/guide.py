@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -25,6 +26,7 @@ from llmc.compiler.compare.words import ratio_text  # noqa: E402
 
 PAGE = REPOSITORY / "docs" / "choose-a-configuration.md"
 MODEL = "models/stories-7m"
+PARTS = ("comparison", "search")
 RECIPES = ("none", "int8", "int4-fast", "int4")
 COMPARISON = ["compare", MODEL, *(part for recipe in RECIPES for part in ("--recipe", recipe))]
 COMPARISON += ["--target", "cpu", "--price-per-hour", "0.20", "--limit", "tpot=0.005"]
@@ -118,13 +120,16 @@ def written(page: str, results: Path = RESULTS) -> str:
     return page
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     """Measure what is named, or everything, and write the page."""
-    for name in names or ["comparison", "search"]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "write"], help="both parts by default")
+    part = parser.parse_args().part
+    for name in PARTS if part is None else [part]:
         if name != "write":
             measure(name)
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

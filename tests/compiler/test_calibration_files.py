@@ -105,9 +105,10 @@ def test_results_stay_only_for_a_run_that_can_go_on(tmp_path):
     full = TargetError("target.disk_full", "a", "b", "c")
     refused = CheckFailed("quality.kl", "a", "b", "c")
     for error, stays in ((full, True), (refused, False), (KeyboardInterrupt(), True)):
-        with pytest.raises(type(error)):
+        with pytest.raises(type(error)) as caught:
             fails(error)
         assert bool(list(tmp_path.iterdir())) == stays
+        assert ("is kept in" in str(caught.value)) == (error is full)
     with results_folder(output) as folder:
         folder.mkdir(exist_ok=True)
     assert list(tmp_path.iterdir()) == []
