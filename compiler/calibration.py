@@ -73,7 +73,7 @@ def results_folder(output: Path) -> Generator[Path]:
         yield folder
     except LlmcError as error:
         if error.code in _RESUMABLE and folder.is_dir():
-            kept = f"What is computed so far is kept in {str(folder)!r}, and the same command goes on from it."
+            kept = f"What was computed is kept in {str(folder)!r}, and the same command goes on from it."
             raise type(error)(error.code, error.what, error.why, f"{error.fix} {kept}") from error
         shutil.rmtree(folder, ignore_errors=True)
         raise
