@@ -83,10 +83,19 @@ class Emitter:
         return self.wanted_rows(arg) if self.is_narrow and arg not in self.narrow else self.env[arg]
 
     def wanted_rows(self, arg: fx.Node) -> ir.Value:
-        """The wanted rows of a matrix of all tokens."""
-        matrix, rows = self.env[arg], self.frame.input(self.graph, "out_rows")
-        assert isinstance(matrix, ir.Value)
-        return self.once(("wanted", arg), lambda: self.graph.op("Gather", matrix, rows, axis=0))
+        """The wanted rows of a value of all tokens; where each is the last of its sequence, `[B, 1, ...]`
+        stands behind them."""
+        value = self.env[arg]
+        assert isinstance(value, ir.Value)
+        return self.once(("wanted", arg), lambda: self._taken(value, arg.meta["val"].shape[1:]))
+
+    def _taken(self, value: ir.Value, dims: Sequence[Any]) -> ir.Value:
+        graph, frame = self.graph, self.frame
+        rows = frame.input(graph, "out_rows")
+        if frame.logits != "last" or not all(isinstance(dim, int) for dim in dims):
+            return graph.op("Gather", value, rows, axis=0)
+        column = frame.made(graph, "last_column", lambda: graph.op("Unsqueeze", rows, graph.ints(1)))
+        return self.joined(graph.op("Gather", value, column, axis=0), dims)
 
     def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What `make` gives, made on the first call with `key`."""
@@ -197,8 +206,8 @@ class Emitter:
 
     def rows_of(self, arg: fx.Node, dtype: ir.DataType = FLOAT) -> ir.Value | None:
         """A tensor `[T, ...]` of `dtype` as `[B, S, ...]`, where there is such a value."""
-        value = self.env.get(arg)
-        if self.is_narrow or not isinstance(value, ir.Value) or self.dtype_of(arg) != dtype:
+        value = None if arg.op == "get_attr" else self.lowered(arg)
+        if not isinstance(value, ir.Value) or self.dtype_of(arg) != dtype:
             return None
         base, dims = self.graph.base(value), arg.meta["val"].shape[1:]
         is_fixed = all(isinstance(dim, int) for dim in dims)
@@ -212,7 +221,7 @@ class Emitter:
     # The walk
 
     def run(self, lowerings: dict[str, Lowering]) -> ir.Value:
-        """Lower every node; the logits.
+        """Lower every node; the logits, as `Frame.close` takes them.
 
         Raises TargetError naming the first node that has no lowering, with the module it comes from.
         """
@@ -220,7 +229,9 @@ class Emitter:
             self.batched[self.frame.ids] = ()
         for node in self.program.graph.nodes:
             if node.op == "output":
-                return self.value(node.args[0])
+                logits = self.value(node.args[0])
+                base = self.graph.base(logits)
+                return base if base in self.batched else logits
             if node.op == "placeholder":
                 self.env[node] = self.frame.input(self.graph, str(node.target))
             elif node.op == "call_function":

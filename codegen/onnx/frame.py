@@ -245,16 +245,18 @@ class Frame:
 
     # What comes out
 
-    def close(self, graph: OnnxGraph, logits: ir.Value) -> list[ir.Value]:
-        """The outputs: logits `[B, 1 or S, vocab]` (of `rows`: `[L, vocab]`), then the caches."""
+    def close(self, graph: OnnxGraph, logits: ir.Value, is_batched: bool) -> list[ir.Value]:
+        """The outputs: logits `[B, 1 or S, vocab]` (of `rows`: `[L, vocab]`), then the caches. Of flat logits
+        the shape is made here; a reshape in front of an output is a copy."""
         graph.scope = ""
         vocab = self.spec.vocab_size
         dims: tuple[int | str, ...] = ("num_rows", vocab)
         if self.logits == "last":
-            logits, dims = graph.reshape(logits, graph.ints(-1, 1, vocab)), ("batch_size", 1, vocab)
+            shape, dims = graph.ints(-1, 1, vocab), ("batch_size", 1, vocab)
+            logits = logits if is_batched else graph.reshape(logits, shape)
         elif self.logits == "all":
             dims = ("batch_size", "sequence_length", vocab)
-            logits = graph.reshape(logits, self.split_shape(graph, vocab))
+            logits = logits if is_batched else graph.reshape(logits, self.split_shape(graph, vocab))
         outputs = [_named(graph, logits, "logits", FLOAT, dims)]
         for layer in self.owners():
             present = self.caches[layer.layer].present

@@ -32,6 +32,11 @@ class StoredTensor:
     offset: int
     length: int
 
+    def rows(self, rows: range, count: int) -> StoredTensor:
+        """Where consecutive `rows` of it lie, of `count` in all."""
+        each = self.length // count
+        return StoredTensor(self.path, self.offset + rows.start * each, len(rows) * each)
+
 
 @dataclass(slots=True)
 class OnnxGraph:

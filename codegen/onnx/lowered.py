@@ -45,7 +45,8 @@ def lower_nodes(
     frame = Frame(program.spec, export.contrib, export.logits)
     frame.open(graph)
     emitter = Emitter(program, graph, frame, stored, export.contrib, export.activations)
-    outputs = frame.close(graph, emitter.run(lowerings()))
+    logits = emitter.run(lowerings())
+    outputs = frame.close(graph, logits, logits in emitter.batched)
     model = graph.finish(outputs, program.spec.architecture, facts)
     made = {value for node in model.graph for value in node.outputs}
     values: dict[fx.Node, ir.Value] = {}

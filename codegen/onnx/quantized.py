@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -19,11 +19,12 @@ _SMALLEST_INPUT = 1e-30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """A quantised matrix `[rows, width]` and its stored parts."""
+    """A quantised matrix `[rows, width]` and its stored parts: all that they hold, or their rows `span`."""
 
     parts: Parts
     rows: int
     width: int
+    span: range | None = None
 
     @property
     def bits(self) -> int:
@@ -40,14 +41,20 @@ class Matrix:
         """Blocks along a row."""
         return -(-self.width // self.block)
 
+    def halves(self) -> tuple[Matrix, Matrix]:
+        """Its first and its second half of rows."""
+        middle = self.rows // 2
+        first, second = range(middle), range(middle, self.rows)
+        return replace(self, rows=middle, span=first), replace(self, rows=len(second), span=second)
+
 
 def scales_of(emitter: Emitter, matrix: Matrix, columns: int) -> ir.Value:
     """Scales as float32 `[rows, columns]`."""
-    plain = emitter.stored.plain(emitter.graph, matrix.parts.scales)
+    plain = emitter.stored.plain(emitter.graph, matrix.parts.scales, matrix.span)
     if emitter.stored.shape(matrix.parts.scales)[-1] == columns:
         return plain
     return emitter.once(
-        ("scales", matrix.parts.scales, columns),
+        ("scales", matrix.parts.scales, columns, matrix.span),
         lambda: emitter.graph.op("Expand", plain, emitter.graph.ints(matrix.rows, columns)),
     )
 
@@ -62,6 +69,7 @@ def block_linear(
         matrix.parts.codes,
         dtype=ir.DataType.UINT8,
         shape=(matrix.rows, count, block * matrix.bits // 8),
+        rows=matrix.span,
     )
     return graph.op(
         "MatMulNBits", x, codes, scales_of(emitter, matrix, count), _block_zeros(emitter, matrix), None, bias,
@@ -73,7 +81,7 @@ def block_linear(
 def _block_zeros(emitter: Emitter, matrix: Matrix) -> ir.Value | None:
     if matrix.parts.zeros is None:
         return None
-    return emitter.stored.raw(emitter.graph, matrix.parts.zeros)
+    return emitter.stored.raw(emitter.graph, matrix.parts.zeros, rows=matrix.span)
 
 
 def block_rows(emitter: Emitter, ids: ir.Value, matrix: Matrix) -> ir.Value:

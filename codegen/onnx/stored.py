@@ -50,19 +50,26 @@ class StoredWeights:
         *,
         dtype: ir.DataType | None = None,
         shape: tuple[int, ...] | None = None,
+        rows: range | None = None,
     ) -> ir.Value:
-        """The stored bytes of `name`, as another dtype or shape of as many bytes where given."""
+        """The stored bytes of `name`, or of its rows `rows`, as another dtype or shape of as many bytes where
+        given."""
         expr = self.store[name]
-        known = ONNX_DTYPES[expr.dtype]
-        dims = tuple(expr.shape) if shape is None else shape
-        as_is = (dtype or known) == known and dims == tuple(expr.shape)
+        known, place = ONNX_DTYPES[expr.dtype], self.place(name)
+        stored = tuple(expr.shape)
+        if rows is not None:
+            place = place.rows(rows, stored[0])
+            name, stored = f"{name}[{rows.start}:{rows.stop}]", (len(rows), *stored[1:])
+        dims = stored if shape is None else shape
+        as_is = (dtype or known) == known and dims == stored
         alias = name if as_is else f"{name}:{(dtype or known).name.lower()}{'x'.join(map(str, dims))}"
-        return graph.weight(alias, dtype or known, dims, self.place(name))
+        return graph.weight(alias, dtype or known, dims, place)
 
-    def plain(self, graph: OnnxGraph, name: str) -> ir.Value:
-        """`name` as float32, int64 or bool: narrower floats are widened by a node that loading folds."""
+    def plain(self, graph: OnnxGraph, name: str, rows: range | None = None) -> ir.Value:
+        """`name`, or some of its rows, as float32, int64 or bool: narrower floats are widened by a node that
+        loading folds."""
         dtype = self.store[name].dtype
-        raw = self.raw(graph, name)
+        raw = self.raw(graph, name, rows=rows)
         if dtype in (torch.float32, torch.int64, torch.bool):
             return raw
         return graph.cached_cast(raw, FLOAT if dtype.is_floating_point else INT64)

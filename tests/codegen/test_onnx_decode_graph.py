@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -15,10 +16,20 @@ from llmc.passes.quantize.rtn import Rtn
 INT4 = Rtn(bits=4, group_size=32, head_bits=4)
 
 
+def model_of(program, **options):
+    """The model of `program`, its weights one behind the other in a file that there is not."""
+    places, offset = {}, 0
+    for name in program.weights:
+        expr = program.weights[name]
+        length = math.prod(expr.shape) * expr.dtype.itemsize
+        places[name] = StoredTensor("weights", offset, length)
+        offset += length
+    return lower(program, StoredWeights(program.weights, places), Export(**options), {})
+
+
 def graph_of(program, **options):
-    """The nodes of `program`'s graph, its weights nowhere."""
-    nowhere = {name: StoredTensor("weights", 0, 0) for name in program.weights}
-    return list(lower(program, StoredWeights(program.weights, nowhere), Export(**options), {}).graph)
+    """The nodes of `program`'s graph."""
+    return list(model_of(program, **options).graph)
 
 
 def attentions(nodes):
@@ -35,8 +46,7 @@ def test_a_layer_is_its_products_and_little_else(portable_program):
     nodes = graph_of(program)
     layers = len(program.spec.attention)
     assert in_layers(nodes) == {
-        "MatMulNBits": 4 * layers, "GroupQueryAttention": layers, "Split": layers, "QuickGelu": layers,
-        "Mul": layers,
+        "MatMulNBits": 5 * layers, "GroupQueryAttention": layers, "QuickGelu": layers, "Mul": layers,
         "SkipSimplifiedLayerNormalization": 2 * layers - 1, "RMSNormalization": 1,
         # Behind the last attention: wanted rows of what it gives and of the residual stream; the last sum.
         "Reshape": 2, "Gather": 2, "Add": 1,
@@ -53,7 +63,7 @@ def test_behind_the_last_attention_only_wanted_rows_are_computed(logits, portabl
     names = {value.name for node in nodes for value in node.outputs if node.op_type == "Gather"}
     (last,) = attentions(nodes)[-1:]
     products = [node for node in nodes[nodes.index(last) :] if node.op_type == "MatMulNBits"]
-    assert len(products) == 4  # of attention's output, of gate and up, of down, the head
+    assert len(products) == 5  # of attention's output, of gate, of up, of down, the head
     gathered = products[0].inputs[0].name in names
     assert gathered == (logits != "all")
     assert sum(node.op_type == "Gather" for node in nodes) == (2 if gathered else 0)
@@ -88,3 +98,20 @@ def test_angles_of_a_very_long_context_are_computed_in_each_step(portable_progra
     assert not any("do_rotary" in node.attributes for node in attentions(nodes))
     # Packing needs queries and keys as the product gave them.
     assert all(None not in node.inputs[:3] for node in attentions(nodes))
+
+
+@pytest.mark.parametrize("logits", ["last", "rows", "all"])
+def test_logits_leave_the_head_as_they_are_given_out(logits, portable_program):
+    """A reshape in front of an output copies them."""
+    model = model_of(portable_program("qwen2-swa", INT4), logits=logits)
+    assert model.graph.outputs[0].producer().op_type == "MatMulNBits"
+
+
+def test_gate_and_up_are_products_over_halves_of_what_is_stored(portable_program):
+    nodes = graph_of(portable_program("qwen2-swa", INT4))
+    for product in (node for node in nodes if node.op_type == "Mul" and "/mlp/" in node.name):
+        gate, up = product.inputs[0].producer().inputs[0].producer(), product.inputs[1].producer()
+        assert gate.inputs[0] is up.inputs[0]
+        for pair in zip(gate.inputs[1:3], up.inputs[1:3], strict=True):
+            first, second = (each.const_value or each.producer().inputs[0].const_value for each in pair)
+            assert second.offset == first.offset + first.length

@@ -215,21 +215,14 @@ def _gelu(emitter: Emitter, node: fx.Node) -> ir.Value:
     return emitter.by_rows(node, node.args[:1], lambda x: activation(emitter, x[0], name))
 
 
+def gated(emitter: Emitter, name: str, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """`activation(gate) * up`, the activation by its name."""
+    return emitter.graph.op("Mul", activation(emitter, gate, name), up)
+
+
 def _gated(emitter: Emitter, node: fx.Node) -> ir.Value:
     name: Any = node.args[2]
-    return emitter.by_rows(
-        node, node.args[:2], lambda pair: emitter.graph.op("Mul", activation(emitter, pair[0], name), pair[1])
-    )
-
-
-def _gated_packed(emitter: Emitter, node: fx.Node) -> ir.Value:
-    name: Any = node.args[1]
-
-    def make(packed: tuple[ir.Value, ...]) -> ir.Value:
-        gate, up = emitter.graph.ops("Split", packed, 2, axis=-1, num_outputs=2)
-        return emitter.graph.op("Mul", activation(emitter, gate, name), up)
-
-    return emitter.by_rows(node, node.args[:1], make)
+    return emitter.by_rows(node, node.args[:2], lambda pair: gated(emitter, name, *pair))
 
 
 def _softcap(emitter: Emitter, node: fx.Node) -> ir.Value:
@@ -340,7 +333,6 @@ LOWERINGS: dict[str, Lowering] = {
     "aten.softplus": _softplus,
     "aten.leaky_relu": _leaky_relu,
     "llmc.gated_activation": _gated,
-    "llmc.gated_activation_packed": _gated_packed,
     "llmc.softcap": _softcap,
     "aten.arange": _arange,
     **dict.fromkeys(

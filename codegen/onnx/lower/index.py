@@ -25,10 +25,13 @@ def _index_select(emitter: Emitter, node: fx.Node) -> ir.Value:
 
 
 def _gather_rows(emitter: Emitter, node: fx.Node) -> ir.Value:
+    source: Any = node.args[0]
     rows: Any = node.args[1]
-    if node.args[0] in emitter.narrow or (emitter.frame.logits == "all" and rows.op == "placeholder"):
-        return emitter.value(node.args[0])
-    return emitter.graph.op("Gather", emitter.value(node.args[0]), emitter.value(rows), axis=0)
+    if source in emitter.narrow or (emitter.frame.logits == "all" and rows.op == "placeholder"):
+        return emitter.value(source)
+    if rows.op == "placeholder":
+        return emitter.wanted_rows(source)
+    return emitter.graph.op("Gather", emitter.value(source), emitter.value(rows), axis=0)
 
 
 def _index(emitter: Emitter, node: fx.Node) -> ir.Value:

@@ -14,6 +14,9 @@ from ..emitter import Emitter, Lowering
 from ..forms import parts_of
 from ..graph import FLOAT, INT64
 from ..quantized import Matrix, block_linear, block_rows, dequantized, rounded, rounds_itself
+from .elementwise import gated
+
+Half = Callable[[ir.Value], ir.Value]
 
 
 def _linear(emitter: Emitter, node: fx.Node) -> ir.Value:
@@ -38,18 +41,67 @@ def _quantized_linear(emitter: Emitter, node: fx.Node) -> ir.Value:
     source: Any = node.args[0]
     matrix = _matrix(node, int(node.meta["val"].shape[-1]), int(source.meta["val"].shape[-1]))
     bias = emitter.optional(argument(node, "bias"))
-    activation = str(argument(node, "activation")) or emitter.activations.get(matrix.parts.codes, "")
-    by_blocks = emitter.contrib and matrix.block > 0
-    if by_blocks and (not activation or rounds_itself(activation, matrix)):
-        accuracy = 4 if activation else 1
+    accuracy = _accuracy(emitter, node, matrix)
+    if accuracy:
         return emitter.by_rows(
             node, node.args[:1], lambda rows: block_linear(emitter, rows[0], matrix, bias, accuracy)
         )
     scale = emitter.optional(argument(node, "activation_scale"))
+    activation = _activation(emitter, node, matrix)
     x = rounded(emitter, emitter.operand(source, FLOAT), matrix.width, activation, scale)
-    if by_blocks:
+    if emitter.contrib and matrix.block > 0:
         return block_linear(emitter, x, matrix, bias, accuracy=1)
     return product(emitter, node, x, _dequantized(emitter, matrix), bias)
+
+
+def _activation(emitter: Emitter, node: fx.Node, matrix: Matrix) -> str:
+    """How the input of a product is rounded."""
+    return str(argument(node, "activation")) or emitter.activations.get(matrix.parts.codes, "")
+
+
+def _accuracy(emitter: Emitter, node: fx.Node, matrix: Matrix) -> int:
+    """The accuracy level at which MatMulNBits is the whole of a product, or 0 where it is not."""
+    activation = _activation(emitter, node, matrix)
+    if not (emitter.contrib and matrix.block > 0):
+        return 0
+    return 4 if rounds_itself(activation, matrix) else 0 if activation else 1
+
+
+def _gated_packed(emitter: Emitter, node: fx.Node) -> ir.Value:
+    """Each half of what is packed as a product of its own where it can be: taking one result apart copies it,
+    which is a fiftieth of a decoded token."""
+    packed: Any = node.args[0]
+    name: Any = node.args[1]
+    halves = _halves(emitter, packed)
+
+    def parted(rows: tuple[ir.Value, ...]) -> ir.Value:
+        return gated(emitter, name, *emitter.graph.ops("Split", rows, 2, axis=-1, num_outputs=2))
+
+    if halves is None:
+        return emitter.by_rows(node, (packed,), parted)
+    first, second = halves
+    return emitter.by_rows(
+        node, packed.args[:1], lambda rows: gated(emitter, name, first(rows[0]), second(rows[0]))
+    )
+
+
+def _halves(emitter: Emitter, packed: fx.Node) -> tuple[Half, Half] | None:
+    """What makes of its input the first and the second half of a packed product that nobody else reads."""
+    if str(packed.target) != "llmc.quantized_linear.default" or len(packed.users) > 1:
+        return None
+    source: Any = packed.args[0]
+    matrix = _matrix(packed, int(packed.meta["val"].shape[-1]), int(source.meta["val"].shape[-1]))
+    accuracy = _accuracy(emitter, packed, matrix)
+    bias: Any = argument(packed, "bias")
+    if not accuracy:
+        return None
+
+    def product_of(half: Matrix) -> Half:
+        added = None if bias is None else emitter.stored.plain(emitter.graph, str(bias.target), half.span)
+        return lambda x: block_linear(emitter, x, half, added, accuracy)
+
+    first, second = matrix.halves()
+    return product_of(first), product_of(second)
 
 
 def _matrix(node: fx.Node, rows: int, width: int) -> Matrix:
@@ -111,6 +163,7 @@ LOWERINGS: dict[str, Lowering] = {
     "llmc.linear": _linear,
     "aten.linear": _linear,
     "llmc.quantized_linear": _quantized_linear,
+    "llmc.gated_activation_packed": _gated_packed,
     "llmc.embedding": _embedding,
     "aten.embedding": _embedding,
     "llmc.quantized_embedding": _quantized_embedding,
