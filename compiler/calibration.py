@@ -66,18 +66,23 @@ def results_folder(output: Path) -> Generator[Path]:
 
     It goes when the block ends or raises an error that running again would meet again; it stays when the
     process is interrupted or the disk was full, so that the same command takes up where it stopped: the error
-    then says where it is.
+    then says where it is. Where the compile cache has all of it, a full disk leaves nothing here.
     """
     folder = output.with_name(f".{output.name}.results")
     try:
         yield folder
     except LlmcError as error:
-        if error.code in _RESUMABLE and folder.is_dir():
+        if error.code in _RESUMABLE and _holds_alone(folder):
             kept = f"What was computed is kept in {str(folder)!r}, and the same command goes on from it."
             raise type(error)(error.code, error.what, error.why, f"{error.fix} {kept}") from error
         shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds_alone(folder: Path) -> bool:
+    """Whether a file of `folder` has no second link: the compile cache links what it keeps."""
+    return any(path.stat().st_nlink < 2 for path in folder.rglob("*") if path.is_file())
 
 
 def read_documents(path: Path, tokenizer: Tokenizer) -> Iterable[Document]:

@@ -100,6 +100,7 @@ def test_results_stay_only_for_a_run_that_can_go_on(tmp_path):
     def fails(error):
         with results_folder(output) as folder:
             folder.mkdir(exist_ok=True)
+            (folder / "segment").write_bytes(b"found")
             raise error
 
     full = TargetError("target.disk_full", "a", "b", "c")
@@ -112,6 +113,21 @@ def test_results_stay_only_for_a_run_that_can_go_on(tmp_path):
     with results_folder(output) as folder:
         folder.mkdir(exist_ok=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_a_full_disk_leaves_nothing_that_the_cache_has(tmp_path, is_cached):
+    def fails():
+        with results_folder(tmp_path / "out.llmc") as folder:
+            folder.mkdir()
+            (folder / "segment").write_bytes(b"found")
+            if is_cached:
+                (tmp_path / "cache").hardlink_to(folder / "segment")
+            raise TargetError("target.disk_space", "a", "b", "c")
+
+    with pytest.raises(TargetError):
+        fails()
+    assert (tmp_path / ".out.llmc.results").exists() != is_cached
 
 
 def test_a_compile_calibrates_on_its_file_and_records_it(tmp_path, stories_1m):
