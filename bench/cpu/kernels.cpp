@@ -210,7 +210,7 @@ int main(int count, char** arguments) {
   const int threads = count > 1 ? std::atoi(arguments[1]) : 1, repeats = count > 2 ? std::atoi(arguments[2]) : 9;
   g_processor_time = count > 3 && std::string(arguments[3]) == "cpu" && threads == 1;
   const bool all = count < 5 || std::string(arguments[4]) == "all";
-  Pool pool(threads);
+  Pool pool(threads, 4000, 0);
   Bench bench{pool, repeats, {}};
   char* arena = large(kArena);
   scramble(arena, kArena);

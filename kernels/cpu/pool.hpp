@@ -4,6 +4,10 @@
 // block all signals, so that handlers run on the application's own threads. A pool is used by one thread at a
 // time; several pools may live in one process. In a forked child the workers do not exist: there `run` uses the
 // calling thread alone, which gives the same bits, and destruction joins nobody.
+//
+// Where others want the cores, a step is as slow as the thread that the system runs last, at each barrier anew:
+// hundreds of times as slow for a small model. So a pool that spent much of a region asleep at barriers does the
+// next ones on half as many threads, down to the caller's, and tries with more of them after a while.
 #pragma once
 
 #include <atomic>
@@ -13,6 +17,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <time.h>
 #include <unistd.h>
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -31,21 +36,31 @@ LLMC_INLINE void spin_pause() {
 #endif
 }
 
-// A counter that threads wait on. Count and sleepers have cache lines of their own.
+LLMC_INLINE int64_t monotonic_ns() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return int64_t(now.tv_sec) * 1000000000 + now.tv_nsec;
+}
+
+// A word that threads wait on. Word and sleepers have cache lines of their own.
 class Signal {
  public:
   uint32_t value() const { return word_.load(std::memory_order_acquire); }
-  // Moves the counter on and wakes whoever sleeps.
-  void advance() {
-    word_.fetch_add(1, std::memory_order_seq_cst);
+  // Sets the word, by one thread at a time, and wakes whoever sleeps.
+  void set(uint32_t value) {
+    word_.store(value, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) != 0) wake();
   }
-  // Returns once the counter differs from `seen`: after at most `spins` pauses the thread sleeps.
-  void wait(uint32_t seen, int spins) {
+  // Whether the word differs from `seen` within `spins` pauses.
+  bool spin(uint32_t seen, int spins) const {
     for (int i = 0; i < spins; ++i) {
-      if (word_.load(std::memory_order_acquire) != seen) return;
+      if (word_.load(std::memory_order_acquire) != seen) return true;
       spin_pause();
     }
+    return false;
+  }
+  // Returns once the word differs from `seen`, asleep until then.
+  void sleep_while(uint32_t seen) {
     while (word_.load(std::memory_order_acquire) == seen) {
       sleepers_.fetch_add(1, std::memory_order_seq_cst);
       if (word_.load(std::memory_order_seq_cst) == seen) sleep(seen);
@@ -73,28 +88,39 @@ class Signal {
 class Barrier {
  public:
   explicit Barrier(int threads, int spins = 20000) : threads_(threads), spins_(spins) {}
+  // How many threads are to meet; while nobody waits.
+  void resize(int threads) { threads_ = threads; }
   void wait() {
-    if (threads_ == 1) return;
+    const int threads = threads_;  // read before arriving: the next region's may be another number
+    if (threads == 1) return;
     const uint32_t seen = passed_.value();
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
       arrived_.store(0, std::memory_order_relaxed);
-      passed_.advance();
-    } else {
-      passed_.wait(seen, spins_);
+      passed_.set(seen + 1);
+    } else if (!passed_.spin(seen, spins_)) {
+      const int64_t since = monotonic_ns();
+      passed_.sleep_while(seen);
+      slept_ns_.fetch_add(monotonic_ns() - since, std::memory_order_relaxed);
     }
   }
+  // Nanoseconds that threads slept here since the last call, theirs added up.
+  int64_t take_slept_ns() { return slept_ns_.exchange(0, std::memory_order_relaxed); }
 
  private:
   alignas(64) std::atomic<int> arrived_{0};
   Signal passed_;
-  const int threads_, spins_;
+  std::atomic<int64_t> slept_ns_{0};
+  int threads_;
+  const int spins_;
 };
 
 class Pool {
  public:
   // `threads` counts the calling thread. `spins`: pauses before an idle worker sleeps (0: at once; a pause is
-  // 10 to 50 ns). Check `ok()`: without it the system refused threads, and `run` uses the caller alone.
-  explicit Pool(int threads, int spins = 4000) : threads_(threads < 1 ? 1 : threads), spins_(spins) {
+  // 10 to 50 ns). `retreat_ns`: how long fewer threads are used at first where others want the cores (0: all are
+  // always used). Check `ok()`: without it the system refused threads, and `run` uses the caller alone.
+  explicit Pool(int threads, int spins = 4000, int64_t retreat_ns = 10000000)
+      : threads_(threads < 1 ? 1 : threads), spins_(spins), first_retreat_ns_(retreat_ns) {
     workers_ = threads_ > 1 ? new (std::nothrow) Worker[threads_ - 1] : nullptr;
     ok_ = threads_ == 1 || workers_ != nullptr;
     sigset_t all, old;
@@ -118,11 +144,18 @@ class Pool {
   bool ok() const { return ok_; }
   int threads() const { return ok_ ? threads_ : 1; }
 
-  // Calls body(tid, nt, barrier) on every thread, tid 0 being the caller's, and returns when all have
-  // returned. `body` must not throw, and must pass each barrier on all threads or on none.
+  // Calls body(tid, nt, barrier) on nt threads, at most `threads()`, tid 0 being the caller's, and returns when
+  // all have returned. `body` must not throw, and must pass each barrier on all threads or on none.
   template <class Body>
   void run(Body&& body) {
     if (threads() == 1 || getpid() != owner_) {
+      Barrier alone(1);
+      body(0, 1, alone);
+      return;
+    }
+    const int64_t began = monotonic_ns();
+    if (began >= retreat_until_) width_ = threads_;
+    if (width_ == 1) {
       Barrier alone(1);
       body(0, 1, alone);
       return;
@@ -132,12 +165,17 @@ class Pool {
       (*static_cast<Plain*>(argument))(tid, nt, barrier);
     };
     argument_ = const_cast<void*>(static_cast<const void*>(&body));
-    begin_.advance();
-    call_(argument_, 0, threads_, barrier_);
+    barrier_.resize(width_);
+    begin(width_);
+    call_(argument_, 0, width_, barrier_);
     barrier_.wait();
+    adapt(began, monotonic_ns());
   }
 
  private:
+  static constexpr int kWidthBits = 10;
+  static constexpr int64_t kLongestRetreatNs = 640000000;
+
   struct Worker {
     Pool* pool;
     int tid;
@@ -147,23 +185,47 @@ class Pool {
     static_cast<Worker*>(worker)->pool->serve(static_cast<Worker*>(worker)->tid);
     return nullptr;
   }
+  // Begins a region of `width` threads. Number and width are one word: a thread that wakes late, when regions
+  // without it have passed, must not take the width of one for that of another.
+  void begin(int width) { begin_.set(++regions_ << kWidthBits | uint32_t(width)); }
   void serve(int tid) {
-    for (uint32_t seen = 0;; ++seen) {
-      begin_.wait(seen, spins_);
+    for (uint32_t seen = 0;;) {
+      if (!begin_.spin(seen, spins_)) begin_.sleep_while(seen);
+      seen = begin_.value();
       if (stopping_.load(std::memory_order_acquire)) return;
-      call_(argument_, tid, threads_, barrier_);
+      const int width = int(seen & ((1u << kWidthBits) - 1));
+      if (tid >= width) continue;
+      call_(argument_, tid, width, barrier_);
       barrier_.wait();
+    }
+  }
+  // Chooses how many threads the next regions have: half as many where a quarter of what those of the last one
+  // could do was slept away. Sleeping a little is what unequal shares of the work do; a retreat that did not
+  // help is followed by one twice as long.
+  void adapt(int64_t began, int64_t ended) {
+    const bool waited = barrier_.take_slept_ns() * 4 > (ended - began) * width_;
+    if (first_retreat_ns_ == 0) return;
+    if (waited) {
+      width_ /= 2;
+      retreat_until_ = ended + retreat_ns_;
+      retreat_ns_ = retreat_ns_ * 2 < kLongestRetreatNs ? retreat_ns_ * 2 : kLongestRetreatNs;
+    } else if (width_ == threads_) {
+      retreat_ns_ = first_retreat_ns_;
     }
   }
   void stop() {
     if (getpid() != owner_ || started_ == 0) return;
     stopping_.store(true, std::memory_order_release);
-    begin_.advance();
+    begin(0);
     for (; started_ > 0; --started_) pthread_join(workers_[started_ - 1].thread, nullptr);
   }
 
   const int threads_, spins_;
+  const int64_t first_retreat_ns_;
   const pid_t owner_ = getpid();
+  int width_ = threads_;
+  uint32_t regions_ = 0;
+  int64_t retreat_ns_ = first_retreat_ns_, retreat_until_ = 0;
   bool ok_ = false;
   int started_ = 0;
   Worker* workers_ = nullptr;

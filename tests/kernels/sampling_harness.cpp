@@ -22,7 +22,32 @@ EXPORT void run_best(int nt, const float* logits, int64_t rows, int64_t vocab, B
   for (int tid = 0; tid < nt; ++tid) combine_best(tid, nt, partial, rows, best);
 }
 
-EXPORT void* pool_open(int threads, int spins) { return new Pool(threads, spins); }
+EXPORT void* pool_open(int threads, int spins) { return new Pool(threads, spins, 0); }
+EXPORT void* pool_open_wary(int threads, int64_t retreat_ns) { return new Pool(threads, 4000, retreat_ns); }
+// A region whose last thread is away for `away_us`: how many threads it had.
+EXPORT int pool_width(void* pool, int away_us) {
+  int width = 0;
+  static_cast<Pool*>(pool)->run([&](int tid, int nt, Barrier& barrier) {
+    if (tid == 0) width = nt;
+    if (nt > 1 && tid == nt - 1 && away_us) usleep(away_us);
+    barrier.wait();
+  });
+  return width;
+}
+// Regions in every third of which the last thread is away: how often one was not seen behind a barrier.
+EXPORT int64_t pool_missed(void* pool, int regions) {
+  int entered[64] = {};
+  int64_t missed = 0;
+  for (int r = 1; r <= regions; ++r)
+    static_cast<Pool*>(pool)->run([&](int tid, int nt, Barrier& barrier) {
+      if (r % 3 == 0 && nt > 1 && tid == nt - 1) usleep(1500);
+      entered[tid] = r;
+      barrier.wait();
+      if (tid == 0)
+        for (int t = 0; t < nt; ++t) missed += entered[t] != r;
+    });
+  return missed;
+}
 EXPORT void pool_close(void* pool) { delete static_cast<Pool*>(pool); }
 EXPORT int pool_threads(void* pool) { return static_cast<Pool*>(pool)->threads(); }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 
 import numpy as np
 import pytest
@@ -43,7 +44,10 @@ def libraries(build):
         library.scratch_bytes.argtypes = [ctypes.c_int64]
         library.pool_open.restype = ctypes.c_void_p
         library.pool_open.argtypes = [ctypes.c_int, ctypes.c_int]
+        library.pool_open_wary.restype = ctypes.c_void_p
+        library.pool_open_wary.argtypes = [ctypes.c_int, ctypes.c_int64]
         library.pool_close.argtypes = library.pool_threads.argtypes = [ctypes.c_void_p]
+        library.pool_width.argtypes = library.pool_missed.argtypes = [ctypes.c_void_p, ctypes.c_int]
         library.pool_work.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     return loaded
 
@@ -204,6 +208,33 @@ def test_threads_meet_at_every_barrier(libraries, threads, spins):
     assert library.pool_threads(pool) == threads
     for regions, rounds in ((1, 1), (20, 7), (5, 30)):
         assert library.pool_work(pool, regions, rounds) == expected_work(threads, regions, rounds)
+    library.pool_close(pool)
+
+
+def test_fewer_threads_meet_at_a_barrier_while_others_want_the_cores(libraries):
+    library = next(iter(libraries.values()))
+    a_minute = 60 * 10**9
+    pool = library.pool_open_wary(2, a_minute)
+    assert library.pool_width(pool, 20_000) == 2
+    assert [library.pool_width(pool, 0) for _ in range(3)] == [1, 1, 1]
+    library.pool_close(pool)
+
+
+def test_all_threads_meet_at_a_barrier_again_after_a_while(libraries):
+    library = next(iter(libraries.values()))
+    a_microsecond = 1000
+    pool = library.pool_open_wary(2, a_microsecond)
+    for _ in range(3):
+        assert library.pool_width(pool, 20_000) == 2
+        time.sleep(0.001)
+    library.pool_close(pool)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_no_thread_is_missed_at_a_barrier_while_their_number_changes(libraries, threads):
+    library = next(iter(libraries.values()))
+    pool = library.pool_open_wary(threads, 2_000_000)
+    assert library.pool_missed(pool, 150) == 0
     library.pool_close(pool)
 
 
