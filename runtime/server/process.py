@@ -15,6 +15,7 @@ import uvicorn
 from ...spec.errors import TargetError
 from .app import LOG, make_app
 from .config import ServerConfig
+from .http import BoundedConnections, Protocol
 from .state import ServerState
 from .watchdog import watch
 
@@ -64,7 +65,8 @@ class Server:
         self.state = state
         self._bound = bound
         self._on_ready = on_ready
-        self._uvicorn = _Uvicorn(_settings(state))
+        app = BoundedConnections(make_app(state), state, lambda: len(self._uvicorn.server_state.connections))
+        self._uvicorn = _Uvicorn(_settings(app, state.config))
         self._drain: asyncio.Task[None] | None = None
         self._log = logging.getLogger(LOG)
 
@@ -134,18 +136,16 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def _settings(state: ServerState) -> uvicorn.Config:
-    config = state.config
+def _settings(app: BoundedConnections, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
-        make_app(state),
-        http="h11",
+        app,
+        http=Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=config.access_log,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=config.max_connections,
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_graceful_shutdown=5,
         ssl_certfile=config.tls_certificate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import time
 import typing
 
 import httpx2 as httpx
@@ -246,11 +247,44 @@ def exchange(running, data, then=b""):
     return received
 
 
-def test_what_is_hardly_http(shared):
-    assert b" 400 " in exchange(shared, b"\x16\x03\x01nonsense\r\n\r\n").split(b"\r\n")[0]
+@pytest.mark.parametrize(
+    ("data", "status", "code"),
+    [
+        (b"\x16\x03\x01nonsense\r\n\r\n", 400, "http.malformed"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n", 400, "http.malformed"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n", 400, "http.malformed"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 70_000, 431, "http.headers_too_large"),
+        (b"GET /" + b"y" * 70_000, 431, "http.headers_too_large"),
+    ],
+    ids=["tls", "header", "length", "headers", "address"],
+)
+def test_what_is_hardly_http(shared, data, status, code):
+    head, _, body = exchange(shared, data).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"connection: close" in head.lower()
+    assert_refused(httpx.Response(status, content=body), code, status)
+
+
+def test_a_flood_of_headers_is_cut_off(shared):
     flood = b"GET /health HTTP/1.1\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"y" * 100) for n in range(2000))
     with contextlib.suppress(OSError):  # it may be cut off while it sends
-        assert b" 4" in exchange(shared, flood).split(b"\r\n")[0]
+        assert b" 431 " in exchange(shared, flood).split(b"\r\n")[0]
+
+
+def test_connections_have_a_bound(serve):
+    running = serve(max_connections=2)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            held = stack.enter_context(httpx.Client())
+            assert held.get(f"{running.url}/health").status_code == 200
+        refused = stack.enter_context(httpx.Client()).get(f"{running.url}/health")
+        assert_refused(refused, "server.connections", 503, "It takes 2 at a time")
+        assert 1 <= int(refused.headers["retry-after"]) <= 120
+        assert refused.headers["connection"] == "close"
+    end = time.monotonic() + 5
+    while running.post(COMPLETIONS, prompt="a", max_tokens=1).status_code == 503:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_sockets_that_are_half_closed(shared):
