@@ -14,6 +14,10 @@ import pytest
 
 import llmc
 
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if tools %}<tool_call>{% endif %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
 HELDOUT = Path(__file__).resolve().parents[1] / "data" / "stories-heldout.txt"
 
 
@@ -23,6 +27,17 @@ def judged(stories_1m, tmp_path_factory):
     path = tmp_path_factory.mktemp("judged") / "stories.llmc"
     llmc.compile(str(stories_1m), output=str(path), target="reference", verify="off")
     return path
+
+
+@pytest.fixture(scope="session")
+def chatty(stories_1m, tmp_path_factory):
+    """The same model with a chat template."""
+    folder = tmp_path_factory.mktemp("chatty")
+    shutil.copytree(stories_1m, folder / "model")
+    settings = folder / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": TEMPLATE}))
+    llmc.compile(str(folder / "model"), output=str(folder / "stories.llmc"), target="reference", verify="off")
+    return folder / "stories.llmc"
 
 
 @pytest.fixture(scope="session")

@@ -4,21 +4,14 @@ others: over a bundled model that was given a chat template."""
 from __future__ import annotations
 
 import json
-import shutil
 
 import httpx2 as httpx
 import openai
 import pytest
 from openai import OpenAI
 
-import llmc
-
 pytestmark = pytest.mark.slow
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if tools %}<tool_call>{% endif %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -31,16 +24,6 @@ SCHEMA = {
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
 TOOL = {"type": "function", "function": {"name": "note", "parameters": SCHEMA}}
 HELLO = [{"role": "user", "content": "Tell me a story."}]
-
-
-@pytest.fixture(scope="module")
-def chatty(stories_1m, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chatty")
-    shutil.copytree(stories_1m, folder / "model")
-    settings = folder / "model" / "tokenizer_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": TEMPLATE}))
-    llmc.compile(str(folder / "model"), output=str(folder / "stories.llmc"), target="reference", verify="off")
-    return folder / "stories.llmc"
 
 
 @pytest.fixture(scope="module")

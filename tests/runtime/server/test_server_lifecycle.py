@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -174,6 +175,44 @@ def test_a_client_that_leaves_frees_its_pages(serve, num_chunks):
     assert running.metric("llmc:client_disconnects_total") == 1
     assert running.executor.num_tokens_run < 150
     assert running.post("/v1/completions", prompt="a").status_code == 200
+
+
+def test_a_client_may_leave_behind_any_chunk(serve):
+    """Of a short stream, at each of its events in turn: nothing is held, and the next one says the same."""
+    running = serve()
+    running.executor.delay_s = 0.003
+    with streaming(running, max_tokens=10) as response:
+        whole = [line for line in response.iter_lines() if line]
+    for count in range(len(whole) + 1):
+        with streaming(running, max_tokens=10) as response:
+            lines = (line for line in response.iter_lines() if line)
+            list(itertools.islice(lines, count))  # a slow reader gets fewer and larger pieces
+        running.wait_until_idle()
+    with streaming(running, max_tokens=10) as response:
+        texts = [
+            json.loads(line[6:])["choices"] for line in response.iter_lines() if line.startswith("data: {")
+        ]
+    first = [json.loads(line[6:])["choices"] for line in whole if line.startswith("data: {")]
+    assert "".join(each[0]["text"] for each in texts) == "".join(each[0]["text"] for each in first)
+
+
+def test_a_jump_of_the_wall_clock_disturbs_nobody(serve, monkeypatch):
+    """Times of requests are those of the steady clock: a deadline is neither met early nor missed."""
+    running = serve()
+    running.executor.delay_s = 0.005
+    expected = running.post("/v1/completions", **LONG).json()["choices"]
+    for jump_s in (10 * 365 * 86400.0, -10 * 365 * 86400.0):
+        now_s = time.time()
+        with monkeypatch.context() as patched:
+            thread, results = in_background(
+                lambda: running.post("/v1/completions", **LONG, timeout_s=60).json()["choices"]
+            )
+            patched.setattr(time, "time", lambda at_s=now_s + jump_s: at_s)
+            late = running.post("/v1/completions", **LONG, timeout_s=0.02)
+            assert late.json()["error"]["code"] == "request.timeout"
+            thread.join(30)
+        assert results == [expected]
+    assert running.metric("llmc:e2e_request_latency_seconds_sum") < 120
 
 
 def test_a_client_that_leaves_before_any_answer(serve):
