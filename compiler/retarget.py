@@ -97,6 +97,7 @@ def program_of(artifact: Artifact, unit: CudaUnit) -> Program:
         cache=manifest.cache,
         memory=manifest.memory,
         capture=manifest.capture,
+        history=manifest.history,
     )
 
 

@@ -1,4 +1,5 @@
-"""Choose how each product of integer codes rounds its input, and so which kernel multiplies it.
+"""Choose which kernels multiply: how each product of integer codes rounds its input, and whether a library
+may multiply many rows by dense weights.
 
     llmc.quantized_linear(x, …, 'int4_g32', '')    →    llmc.quantized_linear(x, …, 'int4_g32', 'int8_g32')
 
@@ -11,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from ..ir.program import Program
 from ..kernels.catalog import IntegerLinear, integer_linear, integer_seconds
-from ..spec.errors import TargetError
+from ..spec.errors import RecipeError, TargetError
 from ..spec.history import Decision, LayerError
 from ..spec.quant import parse_scheme
 from .base import (
@@ -41,7 +43,8 @@ _BATCH_ROWS = 512
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectKernels:
     """Say for each product of codes whether its inputs have 8 or 16 bits (`cpu`); on
-    `onnx`, whether they are rounded to 8 bits in the blocks of the weights."""
+    `onnx`, whether they are rounded to 8 bits in the blocks of the weights; on `cuda`, whether a row's
+    bits may depend on its batch."""
 
     name: ClassVar[str] = "select_kernels"
     stage: ClassVar[Stage] = Stage.plan
@@ -59,10 +62,22 @@ class SelectKernels:
     max_error: float = option(
         0.01, "What auto lets 8-bit inputs change of a product, as a share of its size.", low=0.0, high=1.0
     )
+    invariant: bool = option(
+        True,
+        "Whether a row's bits depend on nothing but the row; if not, torch's library (cuBLAS) multiplies "
+        "more than 64 rows by dense weights on `cuda`.",
+    )
     expect: int = expect_option()
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        """One match per product with a choice. The contract is lossy where any takes 8-bit inputs."""
+        """One match per product with a choice. The contract is lossy where any takes 8-bit inputs.
+
+        Raises RecipeError where rows need not be invariant on a target that has no other kernels.
+        """
+        if context.target.kind == "cuda" and not self.invariant:
+            return _by_library(program)
+        if not self.invariant:
+            raise _no_library(context.target.name)
         if context.target.kind == "onnx":
             return round_by_blocks(program, self.inputs)
         if context.target.kind != "cpu":
@@ -89,6 +104,31 @@ class SelectKernels:
             contract=Exact() if self.inputs == "accurate" else Lossy(),
         )
         return PassResult(program=program.replace(graph=graph), report=report)
+
+
+def _by_library(program: Program) -> PassResult:
+    """The decision for dense products; what executes them asks the history for it."""
+    dense = calls(program.graph, torch.ops.llmc.linear.default)
+    decisions = tuple(
+        Decision(
+            subject=node.name,
+            choice="torch, above 64 rows",
+            reason="rows may depend on their batch (invariant)",
+        )
+        for node in dense
+    )
+    misses = () if dense else ("no weight is dense: codes are multiplied by invariant kernels alone",)
+    report = PassReport(matches=len(dense), decisions=decisions, misses=misses)
+    return PassResult(program=program, report=report)
+
+
+def _no_library(target: str) -> RecipeError:
+    return RecipeError(
+        "select_kernels.invariant",
+        f"select_kernels.invariant cannot be false for the target {target}.",
+        "All of its kernels give a row the same bits in every batch; only on cuda is a library faster.",
+        "Leave it out.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

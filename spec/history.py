@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -42,3 +43,9 @@ class PassRecord:
     decisions: tuple[Decision, ...] = ()
     misses: tuple[str, ...] = field(default=())
     errors: tuple[LayerError, ...] = ()
+
+
+def is_invariant(history: Sequence[PassRecord]) -> bool:
+    """Whether the bits of a row of any product depend on nothing but the row, as `select_kernels` was told;
+    so it is where that pass did not run."""
+    return all(record.options.get("invariant", True) for record in history if record.name == "select_kernels")

@@ -19,6 +19,7 @@ from ...kernels.cuda.operators import CudaOperators
 from ...kernels.cuda.sampler import DeviceSampler, Samples, make_space, make_tables
 from ...kernels.cuda.substitution import substitute
 from ...kernels.cuda.variants import Variant
+from ...spec.history import is_invariant
 from .arena_plan import ArenaWalk
 
 # Rows of a product fall into these classes (see `kernels.cuda.products`); of a single row torch gives other
@@ -54,7 +55,8 @@ def needs_of(
     those of products that the shipped ones are not wanted for.
     """
     recorder, variants = Recorder(), variants or {}
-    graph = substitute(program.graph, CudaOperators(recorder, variants=variants))
+    invariant = is_invariant(program.history)
+    graph = substitute(program.graph, CudaOperators(recorder, variants=variants, invariant=invariant))
     for rows in ROW_CLASSES:
         for sequences in (rows, 1):
             sizes = {"T": rows, "S": sequences, "Q": sequences + 1, "L": rows}
@@ -73,7 +75,8 @@ def _arenas(
     plans: list[ArenaPlan] = []
     for rows in program.capture.decode_rows if program.capture is not None else ():
         arena = ArenaWalk()
-        operators = CudaOperators(Recorder(), arena.empty, variants=variants)
+        invariant = is_invariant(program.history)
+        operators = CudaOperators(Recorder(), arena.empty, variants=variants, invariant=invariant)
         graph = substitute(program.graph, operators)
         sizes = {"T": rows, "S": rows, "Q": rows + 1, "L": rows}
         for index, group in enumerate(program.cache.groups):

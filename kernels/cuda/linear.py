@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .overlap import NOT_EARLY, follow
 from .tiles import load_rows, rows_of_tile, scales_of_rows, store_rows, sum_parts, weight_rows
-from .words import exponents, word_pairs
+from .words import exponents, word_digits
 
 
 @triton.jit
@@ -134,13 +134,10 @@ def word_group(
     `lift` is 128 plus the zero point, of each row or of all; both terms of the difference are exact in
     bfloat16.
     """
-    depth = tl.arange(0, 32)
-    part = tl.zeros([BN, BM], tl.float32)
-    for digit in tl.static_range(FIRST, FIRST + DIGITS):  # pyright: ignore[reportGeneralTypeIssues]
-        codes = (word_pairs(words, ones, digit, BN) - lift).to(tl.bfloat16)
-        k = k0 + 32 * digit + depth
-        x = load_rows(x_ptr, norm_ptr, row, at, k, M, offset, K, K % 128 == 0, NORM)
-        part = tl.dot(codes.to(x.dtype), x, part, input_precision="ieee")
+    codes = (word_digits(words, ones, FIRST, DIGITS, BN) - lift).to(tl.bfloat16)
+    k = k0 + 32 * FIRST + tl.arange(0, 32 * DIGITS)
+    x = load_rows(x_ptr, norm_ptr, row, at, k, M, offset, K, K % 128 == 0, NORM)
+    part = tl.dot(codes.to(x.dtype), x, input_precision="ieee")
     return part * scale.to(tl.float32)[:, None]
 
 

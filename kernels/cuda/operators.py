@@ -20,6 +20,7 @@ LOG2_E = 1.4426950408889634
 KEY_BLOCK = 64
 SPLIT = 1024
 _SEARCH_STEPS = 16
+_ATTENTION_WARPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,10 @@ class CudaOperators(CudaMixtures):
         `llmc.rms_norm(x, *norm)`, then `llmc.gated_activation_packed` by `gate` or the sum with `residual`.
 
         The norm's two roundings are one. Where dtypes differ, operators stay apart: that depends on the layer
-        alone.
+        alone. So they do where torch multiplies.
         """
+        if self.library_multiplies(x, weight, norm):
+            return self._by_library(x, weight, norm, gate, residual)
         around = Around(gate=gate)
         if norm is not None:
             factor, eps, offset, style = norm
@@ -48,6 +51,18 @@ class CudaOperators(CudaMixtures):
         multiply = self.linear if len(weight) == 2 else self.quantized_linear
         y = multiply(x, *weight, around=around)
         return y if adds or residual is None else y + residual
+
+    def _by_library(
+        self, x: Any, weight: tuple[Any, ...], norm: tuple[Any, ...] | None, gate: str, residual: Any
+    ) -> Any:
+        matrix, bias = weight
+        rows = x if norm is None else self.rms_norm(x, *norm)
+        flat, turned = rows.reshape(-1, rows.shape[-1]), matrix.t()
+        y = flat.matmul(turned) if bias is None else bias.addmm(flat, turned)
+        y = y.view(*x.shape[:-1], matrix.shape[0])
+        if gate:
+            y = self.gated_activation_packed(y, gate)
+        return y if residual is None else y + residual
 
     def embedding(self, ids: Any, weight: Any) -> Any:
         """`llmc.embedding`."""
@@ -216,10 +231,11 @@ class CudaOperators(CudaMixtures):
         if not same and style == "cast_then_scale":
             q, k = (self.rms_norm(x, w, eps, offset, style) for x, w in ((q, q_weight), (k, k_weight)))
             return self.rope_kv_write(q, k, v, *rest)
-        *angles, k_cache, v_cache, slots = rest[:8]
-        caches = (k_cache, v_cache, slots, *(rest[8:] or (None, None)))
+        positions, inv_freq, scale, turn, tail, *caches = rest
+        whole = (*caches, None, None)[:5]  # scales are those of caches of codes
         norms = (q_weight, k_weight, float(eps), float(offset), style)
-        return self._rope_write(q, k, v, *angles, caches, norms), k.new_empty(0)
+        out = self._rope_write(q, k, v, positions, inv_freq, scale, turn, tail, whole, norms)
+        return out, k.new_empty(0)
 
     def _rope_write(
         self,
@@ -307,26 +323,25 @@ class CudaOperators(CudaMixtures):
         seen = {"WINDOW": window, "CHUNK": chunk}
         blocked = {"PAGE": page, "BN": KEY_BLOCK, "SPLIT": SPLIT}
         shared = power_of_two(heads // kv_heads)
+        alone, together = attention_rows(shared, max(shape["D_BLOCK"], shape["V_BLOCK"]))
         if tokens == sequences:
-            shape["SHARED_BLOCK"] = max(16, shared)
+            shape["SHARED_BLOCK"] = alone
             splits = blocks(block_table.shape[1] * page, SPLIT)
             state = self.empty(q, (tokens, heads, splits, 2), float32_of(q))
             acc = self.empty(q, (tokens, heads, splits, value_width), float32_of(q))
             values |= {"positions_ptr": positions, "state_ptr": state, "acc_ptr": acc, **numbers}
             constants = shape | blocked | seen | {"CAPPED": softcap > 0, "CODES": _cache_codes(k_cache)}
-            self.launch(launch_of("attention.decode_splits", (tokens, kv_heads, splits), values, constants))
+            grid = (tokens, kv_heads, splits)
+            self.launch(launch_of("attention.decode_splits", grid, values, constants, warps=_ATTENTION_WARPS))
             self._merge_splits(state, acc, positions, sinks, out, shape | {"SPLIT": SPLIT} | seen)
             return out
-        codes = _cache_codes(k_cache)
-        # Decoding takes registers: half the rows, over twice the warps.
-        rows, warps = (max(1, 32 // shared), 8) if codes else (max(16, 64 // shared), 4)
-        shape |= {"SHARED_BLOCK": shared, "TOKENS": rows}
+        shape |= {"SHARED_BLOCK": shared, "TOKENS": together // shared}
         values |= {"starts_ptr": query_starts, "positions_ptr": positions, "sinks_ptr": sinks, "out_ptr": out}
         values |= {"num_sequences": sequences, **numbers}
-        constants = shape | blocked | seen | {"CAPPED": softcap > 0, "CODES": codes}
+        constants = shape | blocked | seen | {"CAPPED": softcap > 0, "CODES": _cache_codes(k_cache)}
         constants |= {"HAS_SINKS": sinks is not None, "SEARCH": _SEARCH_STEPS}
-        grid = (blocks(tokens, rows) + sequences, kv_heads)
-        self.launch(launch_of("attention.paged_attention", grid, values, constants, warps=warps))
+        grid = (blocks(tokens, shape["TOKENS"]) + sequences, kv_heads)
+        self.launch(launch_of("attention.paged_attention", grid, values, constants, warps=_ATTENTION_WARPS))
         return out
 
     def _merge_splits(
@@ -354,6 +369,16 @@ class CudaOperators(CudaMixtures):
         """x `[T, H, D]` with dense heads; copied only when they are not."""
         is_dense = x.stride(2) == 1 and (x.stride(1) == x.shape[2] or x.shape[1] == 1)
         return x if is_dense else self._copied(x)
+
+
+def attention_rows(shared: int, width: int) -> tuple[int, int]:
+    """Rows of a program of attention over one token, and over several; `shared` query heads, a power of two,
+    have one KV head, and heads have up to `width` elements.
+
+    Few enough that both use the same matrix instructions, of 16 rows, on every architecture, and that warps
+    divide the keys of a step alike, so that sums over keys have one order.
+    """
+    return max(16, shared), max(shared, 32 if width <= 128 else 16)
 
 
 def _wider(a: Any, b: Any) -> Any:

@@ -76,13 +76,15 @@ class CudaProducts:
     `empty(like, shape, dtype)` makes every tensor that an operator keeps or works in: on the device of
     `like`, and of its dtype where none is given. `arrived` are zeros, int32, one for each tile of a product
     that is summed in parts; each product leaves them so. Without them each makes its own. `variants` are
-    choices by class of product, where the shipped ones are not wanted.
+    choices by class of product, where the shipped ones are not wanted. If not `invariant`, torch multiplies
+    many rows by dense weights, and their bits depend on how many they are.
     """
 
     launch: Launcher
     empty: Empty = _new_empty
     arrived: Any = None
     variants: Mapping[str, Variant] = field(default_factory=dict[str, Variant])
+    invariant: bool = True
 
     def linear(self, x: Any, weight: Any, bias: Any, around: Around = ALONE) -> Any:
         """`llmc.linear`."""
@@ -120,6 +122,13 @@ class CudaProducts:
         weight = (codes, scales, zeros)
         self._coded(rows, weight, bias, y, scheme, tile, ALL_ROWS, around, parts, activation, row_scales)
         return y
+
+    def library_multiplies(self, x: Any, weight: tuple[Any, ...], norm: tuple[Any, ...] | None) -> bool:
+        """Whether torch multiplies such rows, or their norm, by a weight (as in `CudaOperators.product`); not
+        where dtypes differ."""
+        if self.invariant or len(weight) != 2 or x.numel() // x.shape[-1] <= _APART_ROWS:
+            return False
+        return weight[0].dtype == x.dtype and (norm is None or norm[0].dtype == x.dtype)
 
     def _tile(self, kernel: str, m: int, n: int, k: int) -> Tile:
         """Blocks of a product of m rows."""

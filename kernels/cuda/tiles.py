@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .activation import activate
 
-# Elements of a row that are summed side by side.
+# Elements of a row that are summed side by side, at most.
 _LANES = tl.constexpr(1024)
 
 
@@ -76,16 +76,18 @@ def inverse_rms(x_ptr, eps, K: tl.constexpr):
     Every addition is written out, so that the bits depend on no layout: those of a kernel that multiplies the
     row are those of one that prepares it.
     """
-    lane = tl.arange(0, _LANES)
-    squares = tl.zeros([_LANES], tl.float32)
-    for start in tl.range(0, K, _LANES):
+    lanes: tl.constexpr = triton.next_power_of_2(K) if K < _LANES else _LANES
+    lane = tl.arange(0, lanes)
+    squares = tl.zeros([lanes], tl.float32)
+    for start in tl.range(0, K, lanes):
         x = tl.load(x_ptr + start + lane, mask=start + lane < K, other=0.0).to(tl.float32)
         squares += x * x
     halves = squares
     for level in tl.static_range(10):  # pyright: ignore[reportGeneralTypeIssues]
-        pairs = tl.reshape(halves, [_LANES >> (level + 1), 2])
-        even, odd = tl.split(pairs)
-        halves = even + odd
+        if lanes >> level > 1:
+            pairs = tl.reshape(halves, [lanes >> (level + 1), 2])
+            even, odd = tl.split(pairs)
+            halves = even + odd
     mean = tl.sum(halves, 0) / K  # of one element
     return 1.0 / tl.sqrt_rn(mean + eps)
 

@@ -9,6 +9,8 @@ from .launch import blocks, power_of_two
 
 # Programs that keep a GPU busy: where there are fewer, K is summed in parts, none of fewer than _PART.
 _PROGRAMS, _PART, _MOST_PARTS = 200, 1024, 8
+# Codes of a row that are few.
+_SHORT = 512
 # Programs that still do where each has twice the columns.
 _WIDE_PROGRAMS = 128
 
@@ -63,8 +65,10 @@ def variants_of(kernel: str, n: int, k: int, rows: int) -> tuple[Variant, ...]:
 
 
 def _most_columns(kernel: str, n: int, k: int, rows: int) -> int:
-    """With many rows, sums of groups, of a part and of all parts of codes are more than registers hold."""
-    return 64 if rows >= 128 and kernel != "linear.linear" and num_parts(kernel, n, k) > 1 else 128
+    """With many rows, sums of groups, of a part and of all parts of codes are more than registers hold, and
+    so are sums and loads of codes where those of a whole row are made at once."""
+    is_coded = rows >= 128 and kernel != "linear.linear"
+    return 64 if is_coded and (num_parts(kernel, n, k) > 1 or k < _SHORT) else 128
 
 
 def _parts(n: int, k: int, columns: int) -> int:

@@ -34,6 +34,24 @@ def word_pairs(words, ones, DIGIT: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def word_digits(words, ones, FIRST: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr):
+    """`word_pairs` of 1, 2 or 4 digits from `FIRST` on, one behind the other: `[ROWS, 32 * DIGITS]`."""
+    values = word_pairs(words, ones, FIRST, ROWS)
+    if DIGITS >= 2:
+        values = beside(values, word_pairs(words, ones, FIRST + 1, ROWS), ROWS, 32)
+    if DIGITS == 4:
+        third = word_pairs(words, ones, FIRST + 2, ROWS)
+        values = beside(values, beside(third, word_pairs(words, ones, FIRST + 3, ROWS), ROWS, 32), ROWS, 64)
+    return values
+
+
+@triton.jit
+def beside(left, right, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """`[ROWS, 2 * WIDTH]` of two tensors `[ROWS, WIDTH]`."""
+    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [ROWS, 2 * WIDTH])
+
+
+@triton.jit
 def exponents(M):
     """0x43004300, which depends on the number of rows as far as the compiler knows: in a register, and not
     part of an instruction, one logic operation takes it together with a mask."""

@@ -18,6 +18,7 @@ from ...kernels.cuda.sampler import DeviceSampler, make_space, space_bytes, tabl
 from ...kernels.cuda.variants import Variant
 from ...spec.cache import CacheLayout
 from ...spec.errors import TargetError
+from ...spec.history import is_invariant
 from ..config import RuntimeConfig
 from ..page_budget import CacheDemand, bytes_of, demand_of, num_pages
 from ..protocol import ExecutorCaps
@@ -202,12 +203,13 @@ def _pages(
 
 @dataclass(frozen=True, slots=True)
 class StoredProgram:
-    """A program, the tensors of the files by the names that it reads, and the variants of its products that
-    were measured to be fastest."""
+    """A program, the tensors of the files by the names that it reads, the variants of its products that were
+    measured to be fastest, and whether all of them are `invariant`."""
 
     document: ProgramDocument
     weights: WeightStore
     variants: Mapping[str, Variant]
+    invariant: bool
 
 
 def stored_program(artifact: Artifact, unit: CudaUnit) -> StoredProgram:
@@ -225,7 +227,7 @@ def stored_program(artifact: Artifact, unit: CudaUnit) -> StoredProgram:
         each.product: Variant(columns=each.columns, warps=each.warps, stages=each.stages)
         for each in unit.tuned
     }
-    return StoredProgram(document, WeightStore(entries), tuned)
+    return StoredProgram(document, WeightStore(entries), tuned, is_invariant(artifact.manifest.history))
 
 
 def _model(
@@ -243,6 +245,7 @@ def _model(
             device=device,
             max_tokens=max_tokens,
             variants=stored.variants,
+            invariant=stored.invariant,
         )
     except torch.OutOfMemoryError as error:
         raise TargetError(

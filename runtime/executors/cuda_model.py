@@ -4,6 +4,7 @@ tensors and steps; nothing of requests and sampling."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, fx
 
@@ -29,7 +30,7 @@ class CudaModel:
     thread-safe.
 
     `weight(name)` gives tensors on `device` that stay alive as long as the model. `variants` are those of
-    products that the shipped ones are not wanted for.
+    products that the shipped ones are not wanted for, `invariant` as in `CudaOperators`.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class CudaModel:
         device: Device,
         max_tokens: int,
         variants: Mapping[str, Variant] | None = None,
+        invariant: bool = True,
     ) -> None:
-        self._launcher, self._variants = launcher, variants or {}
+        self._launcher, self._variants, self._invariant = launcher, variants or {}, invariant
         self._arrived = device.zeros((ARRIVALS,), "int32")
         self._layout = layout
         self._weight = weight
@@ -59,9 +61,10 @@ class CudaModel:
     def operators(self, empty: Empty | None = None) -> CudaOperators:
         """Those of the model, their tensors made by `empty`, else by torch. Steps that use them follow each
         other."""
-        if empty is None:
-            return CudaOperators(self._launcher, arrived=self._arrived, variants=self._variants)
-        return CudaOperators(self._launcher, empty, self._arrived, self._variants)
+        own = CudaOperators(
+            self._launcher, arrived=self._arrived, variants=self._variants, invariant=self._invariant
+        )
+        return own if empty is None else replace(own, empty=empty)
 
     @property
     def layout(self) -> CacheLayout:

@@ -34,6 +34,7 @@ def specialisations_of(artifact):
         cache=manifest.cache,
         capture=manifest.capture,
         spec=manifest.spec,
+        history=manifest.history,
     )
     needs = needs_of(program, weights)
     assert needs.arenas == unit.arenas

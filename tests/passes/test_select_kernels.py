@@ -15,8 +15,10 @@ from llmc.passes.paged_attention import PagedAttention
 from llmc.passes.probe import logits_of, probe_sequences
 from llmc.passes.quantize.rtn import Rtn
 from llmc.passes.select_kernels import SelectKernels
+from llmc.spec.errors import RecipeError
+from llmc.spec.history import is_invariant
 from llmc.spec.quant import parse_scheme
-from llmc.spec.target import CPU, REFERENCE
+from llmc.spec.target import CPU, REFERENCE, parse_target
 
 QUANTIZED_LINEAR = torch.ops.llmc.quantized_linear.default
 
@@ -98,3 +100,18 @@ def test_one_row_waits_for_memory_and_a_batch_for_multipliers(scheme):
         assert integer_seconds(kernel, 4096, 2048, 1) == pytest.approx(num_bytes / MEASURED.stream_bytes)
     ratio = integer_seconds(accurate, 4096, 2048, 512) / integer_seconds(fast, 4096, 2048, 512)
     assert 1.7 < ratio < 2.0, "two limbs are twice the products, and share the scaling of their sums"
+
+
+def test_rows_may_depend_on_their_batch_where_a_library_is_faster(toy):
+    paged = run_passes(toy(), (KvLayout(), PagedAttention()), PassContext(target=parse_target("cuda:sm_90")))
+    done = select(paged, parse_target("cuda:sm_90"), invariant=False)
+    record = done.history[-1]
+    assert (
+        record.matches == len(calls(done.graph, torch.ops.llmc.linear.default)) == len(record.decisions) > 0
+    )
+    assert {decision.choice for decision in record.decisions} == {"torch, above 64 rows"}
+    assert not is_invariant(done.history)
+    assert is_invariant(paged.history)
+    assert is_invariant(select(paged, parse_target("cuda:sm_90")).history)
+    with pytest.raises(RecipeError, match="invariant cannot be false for the target cpu"):
+        select(paged, invariant=False)

@@ -120,3 +120,36 @@ def test_arrivals_are_left_as_they_were_found(launch):
     first = operators.product(x, weight, None, "", None)
     assert not arrived.any()
     assert torch.equal(operators.product(x, weight, None, "", None), first)
+
+
+@pytest.mark.parametrize("form", ["norm+gate", "residual"])
+def test_a_library_multiplies_many_rows_where_they_need_not_be_invariant(launch, form):
+    """What it launches around the product rounds where operators do: once more than ours."""
+    from llmc.kernels.cuda.operators import CudaOperators
+
+    if not hasattr(launch, "__name__"):
+        pytest.skip("this test's tensors are on the CPU")
+    launched = []
+
+    def noted(wanted):
+        launched.append(wanted.specialisation.kernel)
+        launch(wanted)
+
+    free, ours = CudaOperators(noted, invariant=False), CudaOperators(launch)
+    weight, values = weight_of("", 76, 160)
+    x, residual = rows_of(70, 160), torch.randn(70, 76).to(BF16) if form == "residual" else None
+    norm = ((torch.rand(160) + 0.5).to(BF16), EPS, 0.0, "cast_then_scale") if "norm" in form else None
+    gate = "silu" if "gate" in form else ""
+    found = free.product(x, weight, norm, gate, residual)
+    assert launched == (["normalize.normalize", "activation.gated_activation"] if norm else [])
+    expected, slack = exact(x, values, norm, gate, residual, rounds_x=False)
+    assert found.dtype == BF16
+    assert ((found.double() - expected).abs() <= 3 * slack).all()
+    few = None if residual is None else residual[:64]
+    assert torch.equal(
+        free.product(x[:64], weight, norm, gate, few), ours.product(x[:64], weight, norm, gate, few)
+    )
+    # Codes have no library, and it takes no two dtypes.
+    coded, _ = weight_of("int4_g32", 76, 160)
+    assert not free.library_multiplies(x, coded, None)
+    assert not free.library_multiplies(x.float(), weight, None)

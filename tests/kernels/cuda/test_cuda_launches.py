@@ -3,6 +3,12 @@ all of its constants, and code for every architecture."""
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -130,3 +136,66 @@ def test_kernels_compile_for_every_architecture_and_none_spills(architecture):
             most = 8
         assert machine.stack_bytes <= most, specialisation
         assert machine.shared_bytes <= SHARED_BYTES[architecture], specialisation
+
+
+def wide_attention(width, shared, form):
+    """Over one token a sequence and over several: what attention launches, merging aside."""
+
+    def work(operators):
+        q, cache = torch.empty(2, 2 * shared, width, dtype=BF16), torch.empty(3, 64, 2, width, dtype=form)
+        scales = () if form == BF16 else (torch.empty(3, 64, 2),) * 2
+        table, slots = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        for starts in (torch.arange(3), torch.tensor([0, 2])):
+            settings = (table, starts, slots, None, 1.0, 0, 0.0, 0, *scales)
+            operators.paged_attention(q, cache, cache, q, *settings)
+
+    found = [launch.specialisation for launch in launched(work)]
+    return [each for each in found if each.kernel != "attention.merge_splits"]
+
+
+_LAYOUTS = """
+import json, pickle, re, sys
+from llmc.codegen.cuda.worker import _compile
+
+texts = [_compile(*each).asm["ttgir"] for each in pickle.load(sys.stdin.buffer)]
+print(json.dumps([sorted(re.findall("#mma[0-9]* = (.*)", text)) for text in texts]))
+"""
+
+
+@pytest.mark.slow
+def test_attention_of_one_token_and_of_many_uses_the_same_instructions_and_order():
+    """The layout of matrix instructions says which they are, and how warps divide the keys of a sum."""
+    cases = [(64, 4, BF16), (128, 8, torch.int8), (128, 1, BF16), (256, 2, BF16)]
+    wanted = [
+        (each, name)
+        for name in ("sm_80", "sm_90", "sm_100")
+        for case in cases
+        for each in wide_attention(*case)
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _LAYOUTS]
+    done = subprocess.run(
+        command, input=pickle.dumps(wanted), capture_output=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 2 * 3 * len(cases)
+    for one, many in zip(found[::2], found[1::2], strict=True):
+        assert one
+        assert one == many
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", CUDA_ARCHITECTURES)
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_attention_of_wide_heads_fits(architecture, width):
+    wanted = [
+        each
+        for form, shared in ((BF16, 1), (BF16, 8), (torch.int8, 4))
+        for each in wide_attention(width, shared, form)
+    ]
+    machines = assemble([(each, architecture) for each in wanted])
+    for specialisation, machine in zip(wanted, machines, strict=True):
+        # What is there is kept between splits of 1024 keys, outside the loop over them.
+        most = 64 if width <= 128 else 160
+        assert machine.stack_bytes <= most, (specialisation, machine.stack_bytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -79,7 +81,9 @@ def test_products_with_rounded_rows(operators, scheme, activation, m, n, k, dtyp
     settings = (bias, scheme, activation, static)
     found = operators.quantized_linear(x, *codes, *settings)
     expected = torch.ops.llmc.quantized_linear(x, *codes, *settings)
-    close(found, expected, 2e-2 if dtype == BF16 else 1e-4)
+    # Tensor cores keep 14 bits of a sum of products of e4m3.
+    coarse = activation.startswith("fp8") and os.environ.get("LLMC_TEST_DEVICE") == "cuda"
+    close(found, expected, 2e-2 if dtype == BF16 else 5e-3 if coarse else 1e-4)
 
 
 def test_a_row_that_is_not_finite_stays_so(operators):

@@ -78,15 +78,18 @@ def loop_length(cubin):
 
 CASES = {
     # four blocks of 128 a turn of the loop
-    "int4_g128": (lambda: words(128), 512, 3.0),
-    "int4_g128_normed_gate": (lambda: words(128, 28672, norm=True, gate="silu"), 512, 3.4),
-    "int4_g128_narrow": (lambda: words(128, 2048, 2048), 512, 3.4),
-    "int4_g32": (lambda: words(32), 512, 4.6),
+    "int4_g128": (lambda: words(128), 512, 2.6),
+    "int4_g128_normed": (lambda: words(128, 6144, norm=True), 512, 2.8),
+    "int4_g128_normed_gate": (lambda: words(128, 28672, norm=True, gate="silu"), 512, 2.8),
+    "int4_g128_narrow": (lambda: words(128, 2048, 2048), 512, 3.0),
+    "int4_g128_narrow_normed": (lambda: words(128, 3072, 2048, norm=True), 512, 3.2),
+    "int4_g32": (lambda: words(32), 512, 4.0),
+    "int4_g32_normed_gate": (lambda: words(32, 28672, norm=True, gate="silu"), 512, 4.4),
     "bf16": (dense, 128, 2.2),
     "bf16_normed": (lambda: dense(norm=True), 128, 5.2),
     "int8_g32": (lambda: code_bytes("int8_g32", K // 32), 32, 10.5),
     "fp8": (lambda: code_bytes("fp8_channel", 1), 128, 6.0),
-    "fp8_by_fp8": (lambda: code_bytes("fp8_channel", 1, "fp8_token"), 128, 2.0),
+    "fp8_by_fp8": (lambda: code_bytes("fp8_channel", 1, "fp8_token"), 128, 1.5),
 }
 FAST = ("int4_g128",)
 
@@ -115,7 +118,7 @@ def test_e4m3_is_multiplied_as_itself_where_the_architecture_does():
     for (_, name), machine in zip(wanted, assemble(wanted), strict=True):
         found = set(re.findall(r"\b[A-Z]*MMA\b", disassembled(machine.cubin)))
         assert found == {instructions[name]}, name
-        assert machine.stack_bytes == 0, name
+        assert machine.stack_bytes <= 8, name
 
 
 @pytest.mark.slow
