@@ -52,6 +52,12 @@ def _price(found: dict[str, Any]) -> float:
     return sum(rate["us"] for rate in rates) / sum(rate["library_us"] for rate in rates) - 1
 
 
+def _prefill_price(found: dict[str, Any]) -> float:
+    """A prefill by our products over one whose products a library multiplies."""
+    ours, theirs = (found[f"{_8B} {scheme}"]["prefill"]["ms"] for scheme in ("bf16", "bf16_library"))
+    return ours / theirs - 1
+
+
 BARS = (
     Bar("decode b1 8B bf16, of 4.8 TB/s", 0.75, _share(f"{_8B} bf16", _ONE)),
     Bar(
@@ -99,6 +105,7 @@ BARS = (
         ),
     ),
     Bar("price of batch invariance, products of 64 rows", 0.10, _price, at_least=False),
+    Bar("price of batch invariance, prefill of 8B", 0.10, _prefill_price, at_least=False),
 )
 
 

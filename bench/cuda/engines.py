@@ -22,6 +22,7 @@ from llmc.runtime.executors.cuda_model import CudaModel
 from llmc.runtime.executors.stepped import SteppedExecutor
 from llmc.runtime.protocol import ExecutorCaps, RowDiff, SamplingState
 from llmc.runtime.request import FinishReason, Request
+from llmc.spec.history import is_invariant
 
 SAMPLINGS = (
     SamplingState(),
@@ -76,6 +77,7 @@ class Served:
                 launcher=machine.launcher,
                 device=machine.device,
                 max_tokens=config.max_step_tokens,
+                invariant=is_invariant(self.program.history),
             )
             caps = ExecutorCaps(
                 name="cuda",

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from tree import REPOSITORY, NotCarried, missing_libraries, use_tree
@@ -58,7 +59,7 @@ def rates(launcher) -> Parts:
 
     operators = CudaOperators(launcher)
     named: Parts = {"limits": machine_limits}
-    for form in ("bf16", "int4_g128", "int4_g32", "int8_g32", "fp8_channel"):
+    for form in PRODUCT_FORMS:
         named[f"products {form}"] = partial(product_rates, operators, form)
     named["attention"] = partial(attention_rates, operators)
     return named
@@ -77,7 +78,7 @@ def models_parts(launcher, out: Path) -> Parts:
     for shape, schemes in (("llama-3.2-1b", ("bf16", "int4_g128")), ("llama-3.1-8b", STEP_SCHEMES)):
         for scheme in schemes:
             named[f"steps {shape} {scheme}"] = partial(step_times, shape, scheme, launcher)
-            if scheme != "fp8":
+            if scheme in ("bf16", "int4_g128"):
                 named[f"engine {shape} {scheme}"] = lambda s=shape, p=scheme: engine_rates(
                     s, p, machine_of(launcher)
                 )
@@ -90,9 +91,12 @@ def models_parts(launcher, out: Path) -> Parts:
     return named
 
 
-STEP_SCHEMES = ("bf16", "int4_g128", "fp8")
+STEP_SCHEMES = ("bf16", "int4_g128", "fp8", "bf16_library")
 # Forms of weights and caches whose tokens are compared.
-TOKEN_SCHEMES = ("bf16", "int4_g128", "fp8", "kv_int8", "kv_fp8")
+TOKEN_SCHEMES = ("bf16", "int4_g128", "fp8", "w8a8", "kv_int8", "kv_fp8")
+# Forms of weights, and of rows behind a plus, whose products are measured.
+CODES = ("int4_g128", "int4_g32", "int8_g32", "fp8_channel")
+PRODUCT_FORMS = ("bf16", *CODES, "fp8_channel+fp8_token", "int8_channel+int8_token")
 
 
 def artifact(out: Path, *, rehearses: bool) -> object:
@@ -133,6 +137,8 @@ def correctness(*, rehearses: bool) -> object:
     command = [sys.executable, "-m", "pytest", str(REPOSITORY / "tests" / "kernels" / "cuda"), "-q"]
     command += ["--import-mode=importlib", "-p", "no:cacheprovider", "-m", "not slow"]
     command += ["-k", "test_linear and 64-128"] if rehearses else ["--deselect", ISSUE_BUDGET]
+    if not rehearses and find_spec("xdist") is not None:
+        command += ["-n", "8"]  # what takes time is compiling kernels, each in the test that launches it
     on_device = {} if rehearses else {"LLMC_TEST_DEVICE": "cuda", "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env={**os.environ, **on_device}

@@ -34,7 +34,7 @@ class Int4Linear(torch.nn.Module):
         product = torch.ops.aten._weight_int4pack_mm
         if DEVICE == "cpu":
             product = torch.ops.aten._weight_int4pack_mm_for_cpu
-        rows = product(x.reshape(-1, x.shape[-1]), self.codes, GROUP, self.scales_and_zeros)
+        rows = product(x.reshape(-1, x.shape[-1]).contiguous(), self.codes, GROUP, self.scales_and_zeros)
         return rows.reshape(*x.shape[:-1], self._width)
 
 

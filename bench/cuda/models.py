@@ -22,6 +22,7 @@ from llmc.passes.base import PassContext
 from llmc.passes.manager import run_passes
 from llmc.passes.recipes import override, preset_recipe
 from llmc.runtime.executors.tiles import SequencePart
+from llmc.spec.history import is_invariant
 from llmc.spec.target import parse_target
 
 SHAPES = {
@@ -47,8 +48,10 @@ SHAPES = {
 # Recipes that need no data, as a preset and changes to it.
 RECIPES = {
     "bf16": ("none", ()),
+    "bf16_library": ("none", ("select_kernels.invariant=false",)),
     "int4_g128": ("int4-fast", ("scale_search.group_size=128",)),
     "fp8": ("fp8", ()),
+    "w8a8": ("w8a8", ()),
     "kv_int8": ("none", ("kv_layout.dtype=int8",)),
     "kv_fp8": ("none", ("kv_layout.dtype=fp8",)),
 }
@@ -114,7 +117,8 @@ class Stepper:
         self.weight_bytes = sum(t.nbytes for t in {t.data_ptr(): t for t in self.weights.values()}.values())
         pages = [-(-tokens // PAGE) + 64 for _ in self.layout.groups]
         self.caches = {name: t.to(DEVICE) for name, t in allocate_caches(self.layout, pages).items()}
-        self.graph = substitute(self.program.graph, CudaOperators(launcher))
+        operators = CudaOperators(launcher, invariant=is_invariant(self.program.history))
+        self.graph = substitute(self.program.graph, operators)
 
     @property
     def kernels(self) -> list[Specialisation]:

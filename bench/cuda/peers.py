@@ -15,6 +15,8 @@ from int4_peer import use_int4
 import models
 from llmc.runtime.config import RuntimeConfig
 
+# How steps are compiled.
+COMPILED = {"mode": "reduce-overhead"}
 # (batch, context) of decode steps.
 DECODE = ((1, 256), (64, 1024))
 # Requests of a mixture, with `least` to `most` tokens in and out.
@@ -37,9 +39,7 @@ def static_rates(shape: str, *, int4: bool = False) -> dict:
 
     model = library_model(shape)
     found: dict = {"weights": use_int4(model) if int4 else "bfloat16"}
-    forward = model.forward
-    if DEVICE != "cpu":
-        forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    forward = torch.compile(model.forward, fullgraph=True, **COMPILED)
     for batch, context in DECODE:
         cache = StaticCache(config=model.config, max_cache_len=context)
         ids = torch.randint(2, models.VOCABULARY, (batch, context - 40), device=DEVICE)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import torch
 from device import DEVICE, seconds_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llmc.kernels.cuda.launch import Specialisation
 from llmc.kernels.cuda.operators import CudaOperators
 
 # Matrices [N, K] of Llama-3.1-8B, and its head.
@@ -27,9 +29,11 @@ def weight_of(form: str, n: int, k: int) -> tuple:
     """Random stored tensors of one matrix, and the operator's arguments behind x."""
     if form == "bf16":
         return (torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16), None)
-    if form == "fp8_channel":
-        codes = torch.randn(n, k, device=DEVICE).to(torch.float8_e4m3fn)
-        return (codes, torch.rand(n, 1, device=DEVICE), None, None, form)
+    scheme, _, activation = form.partition("+")
+    if scheme.endswith("_channel"):
+        codes = (torch.randn(n, k, device=DEVICE) * 40).clamp(-127, 127)
+        codes = codes.to(torch.int8 if scheme.startswith("int8") else torch.float8_e4m3fn)
+        return (codes, torch.rand(n, 1, device=DEVICE), None, None, scheme, activation, None)
     bits, group = (8, 32) if form == "int8_g32" else (4, int(form.removeprefix("int4_g")))
     scales = torch.rand(n, k // group, device=DEVICE).half()
     if bits == 8:
@@ -41,6 +45,7 @@ def weight_of(form: str, n: int, k: int) -> tuple:
 
 def product_rates(operators: CudaOperators, form: str) -> dict:
     """GB/s of weight bytes and TFLOP/s by matrix and rows; copies rotate so that no cache flatters."""
+    operators.launch.prepare(specialisations_of(form))
     found: dict = {}
     for name, (n, k) in MATRICES.items():
         first = weight_of(form, n, k)
@@ -48,14 +53,27 @@ def product_rates(operators: CudaOperators, form: str) -> dict:
         copies = [first, *(weight_of(form, n, k) for _ in range(min(8, _ROTATE_BYTES // size)))]
         for rows in ROWS:
             x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
-            multiply = operators.linear if form == "bf16" else operators.quantized_linear
-            seconds = seconds_of(lambda: [multiply(x, *copy) for copy in copies]) / len(copies)  # noqa: B023
+            work = lambda: [operators.product(x, copy, None, "", None) for copy in copies]  # noqa: B023, E731
+            seconds = seconds_of(work) / len(copies)
             flops = 2 * rows * n * k / seconds / 1e12
             rate = {"us": seconds * 1e6, "gb_s": size / seconds / 1e9, "tflop_s": flops}
             if form == "bf16":  # what the numeric contract costs against a library that may change its sums
                 theirs = seconds_of(lambda: [x @ weight.T for weight, _ in copies])  # noqa: B023
                 rate["library_us"] = theirs / len(copies) * 1e6
             found[f"{name} m{rows}"] = rate
+    return found
+
+
+def specialisations_of(form: str) -> list[Specialisation]:
+    """What `product_rates` launches."""
+    found: list[Specialisation] = []
+    operators = CudaOperators(lambda launch: found.append(launch.specialisation))
+    with FakeTensorMode():
+        for n, k in MATRICES.values():
+            weight = weight_of(form, n, k)
+            for rows in ROWS:
+                x = torch.empty(rows, k, device=DEVICE, dtype=torch.bfloat16)
+                operators.product(x, weight, None, "", None)
     return found
 
 

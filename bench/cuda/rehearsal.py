@@ -121,6 +121,7 @@ def rehearse() -> None:
     engines.CONFIG = {"max_requests": 2, "max_step_tokens": 32, "max_model_len": 64}
     peers.MIXED = {"requests": 2, "least": 2, "most": 4}
     peers.DECODE = ((1, 44), (2, 46))
+    peers.COMPILED = {"backend": "eager"}  # traced as a whole, and no code is generated
     int4_peer.GROUP, int4_peer.INNER = 32, 2
     llama_cpp.PROMPT, llama_cpp.GENERATED = 8, 4
 
