@@ -27,7 +27,13 @@ def run_latency(output: Output, options: dict[str, Any]) -> int:
     with _target(options) as target:
         load = _load(options, target, lengths="fixed:128,64", num_requests=10)
         with _progress(output, load.num_requests + 1) as progress:
-            result = bench_latency(target.endpoint, load, weight_bytes=target.weight_bytes, progress=progress)
+            result = bench_latency(
+                target.endpoint,
+                load,
+                weight_bytes=target.weight_bytes,
+                on_gpu=target.on_gpu,
+                progress=progress,
+            )
     return _report(output, result, show_run)
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ...spec.errors import TargetError
 from .client import Endpoint, Sample, send
+from .device_memory import device_bandwidth
 from .measures import Limits, Measures, measure, spread
 from .workload import Ask, arrivals, draw_sizes, make_asks
 
@@ -63,22 +64,30 @@ async def _offer(
 
 
 def bench_latency(
-    endpoint: Endpoint, load: Load, *, weight_bytes: int | None, progress: Progress = lambda _: None
+    endpoint: Endpoint,
+    load: Load,
+    *,
+    weight_bytes: int | None,
+    on_gpu: bool = False,
+    progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """One request at a time, after one that warms up. `bandwidth_fraction` is the weights read per token
-    over what this machine's memory gives to a copy of a large array; None where the weights are elsewhere."""
+    over what this machine's memory gives to a copy of a large array, or over its GPU's memory at its highest
+    clock; None where the weights are elsewhere, or nothing says how fast that memory is."""
     samples = offer(endpoint, _with(load, concurrency=1, num_requests=load.num_requests + 1), progress)[1:]
     measures = _checked(measure(samples, Limits()))
     good = [sample for sample in samples if sample.error is None]
     decode = [1 / sample.tpot_s for sample in good if sample.tpot_s]
     rates = spread(decode)
+    share = None
+    if rates is not None and weight_bytes:
+        bandwidth = device_bandwidth() if on_gpu else memory_bandwidth()
+        share = None if bandwidth is None else rates.p50 * weight_bytes / bandwidth
     return {
         **measures.as_dict(),
         "prefill_tokens_per_s": _plain(spread([s.num_prompt_tokens / s.ttft_s for s in good])),
         "decode_tokens_per_s": _plain(rates),
-        "bandwidth_fraction": (
-            rates.p50 * weight_bytes / memory_bandwidth() if rates is not None and weight_bytes else None
-        ),
+        "bandwidth_fraction": share,
     }
 
 

@@ -26,12 +26,13 @@ _END_S = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """`vocab_size` and `weight_bytes` are known of artifacts only."""
+    """`vocab_size`, `weight_bytes` and `on_gpu` are known of artifacts only."""
 
     endpoint: Endpoint
     max_model_len: int | None = None
     vocab_size: int | None = None
     weight_bytes: int | None = None
+    on_gpu: bool = False
 
 
 class _Card(msgspec.Struct):
@@ -71,6 +72,7 @@ def open_target(
             max_model_len=card.max_model_len,
             vocab_size=manifest.spec.vocab_size,
             weight_bytes=sum(entry.size_bytes for entry in manifest.of_kind("weights")),
+            on_gpu=manifest.target.kind == "cuda",
         )
 
 

@@ -6,6 +6,8 @@ import itertools
 import json
 import random
 import statistics
+import sys
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from llmc.cli.main import main
 from llmc.runtime.bench.client import Endpoint, Sample
 from llmc.runtime.bench.measures import Limits, find_saturation, measure, spread
-from llmc.runtime.bench.runs import Load, bench_sweep, offer
+from llmc.runtime.bench.runs import Load, bench_latency, bench_sweep, offer
 from llmc.runtime.bench.workload import arrivals, draw_sizes
 from llmc.spec.errors import UsageError
 
@@ -169,6 +171,42 @@ def test_the_command_measures_a_url(serve):
     ):
         got = invoke(*arguments)
         assert (got.exit_code, words in got.stderr) == (code, True), got.stderr
+
+
+def test_weights_on_a_gpu_are_held_to_its_memory(serve, monkeypatch):
+    """As NVIDIA's library says of an H200: 3201 MHz, 6144 lines."""
+
+    class Broken(Exception):
+        pass
+
+    library = SimpleNamespace(
+        NVMLError=Broken,
+        NVML_CLOCK_MEM=2,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMaxClockInfo=lambda handle, clock: {2: 3201}[clock],
+        nvmlDeviceGetMemoryBusWidth=lambda handle: 6144,
+    )
+    running = serve()
+    running.executor.delay_s = 0.003  # or all tokens may come in one event
+    endpoint = Endpoint(url=running.url, model="letters")
+    load = Load(lengths="fixed:3,8", num_requests=3, vocab_size=28)
+
+    def measured():
+        got = bench_latency(endpoint, load, weight_bytes=10**9, on_gpu=True)
+        return got["bandwidth_fraction"], got["decode_tokens_per_s"]["p50"]
+
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    share, rate = measured()
+    assert share == pytest.approx(rate * 1e9 / 4.917e12, rel=1e-3)
+
+    def lost():
+        raise Broken
+
+    library.nvmlInit = lost
+    assert measured()[0] is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert measured()[0] is None
 
 
 def test_no_answers_at_all_are_an_error(serve):
