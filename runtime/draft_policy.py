@@ -183,9 +183,9 @@ class DraftPolicy:
         """A step of `num_requests` requests with `num_tokens` tokens, drafts included, took `seconds`; before
         it, `num_drawn` tokens were drafted for each of `num_asked` requests."""
         is_drafted = num_tokens > num_requests
-        goes_on = is_drafted == self._was_drafted
+        is_first = is_drafted != self._was_drafted and (not is_drafted or num_drawn > 0)
         self._was_drafted = is_drafted
-        if self._costs is None or seconds <= 0 or not goes_on:
+        if self._costs is None or seconds <= 0 or is_first:
             return
         expected_s = self._step_s(num_requests, num_tokens, num_asked, num_drawn)
         size = num_requests.bit_length()

@@ -17,6 +17,9 @@ from .scheduler import Chunk
 # draft model would be, which takes a hundredth of a small model's step.
 MOST_REST = 15
 QUESTION_REST = 7
+# Looking where nothing is found takes as long: one more step passes between two looks each time that so many
+# in a row have found nothing, up to a number that delays no draft by much.
+MISSES, MOST_MISS_REST = 4, 3
 
 
 class Proposer(Protocol):
@@ -141,6 +144,7 @@ class Speculator:
         self._asked = 0, 0  # requests that were drafted for last, and tokens drawn for each
         self._num_resting = 0  # steps that are still to pass before drafts are looked for
         self._rest = 0
+        self._num_missed = 0  # looks in a row that found nothing
 
     @property
     def is_resting(self) -> bool:
@@ -173,14 +177,17 @@ class Speculator:
         return _usable(proposer.propose(requests, count))
 
     def _propose_free(self, requests: Sequence[RunningRequest]) -> dict[RunningRequest, tuple[int, ...]]:
-        """Drafts that were worth nothing are looked for more and more rarely: looking takes time, too."""
+        """Drafts that are worth nothing, or are not there, are looked for more and more rarely: looking takes
+        time, too."""
         policy = self._policy
         drafts = _usable(self._proposer.propose(requests, policy.most))
         count = policy.choose(len(requests), tuple(map(len, drafts.values())))
-        if count or not drafts:
-            self._rest = 0
-        else:
+        self._num_missed = 0 if drafts else self._num_missed + 1
+        if drafts and not count:
             self._num_resting = self._rest = min(2 * self._rest + 1, MOST_REST)
+        else:
+            self._rest = 0
+            self._num_resting = min(self._num_missed // MISSES, MOST_MISS_REST)
         if count == policy.most:
             return drafts
         return {request: draft_ids[:count] for request, draft_ids in drafts.items()} if count else {}

@@ -23,7 +23,7 @@ from llmc.runtime.draft_policy import (
 )
 from llmc.runtime.protocol import SamplingState
 from llmc.runtime.request import Request, RunningRequest
-from llmc.runtime.speculation import MOST_REST, NgramIndex, Speculator
+from llmc.runtime.speculation import MOST_MISS_REST, MOST_REST, NgramIndex, Speculator
 
 pytestmark = pytest.mark.pure
 
@@ -153,6 +153,42 @@ def test_worthless_drafts_are_looked_for_more_and_more_rarely():
     assert set(found) == set(requests)
 
 
+def test_where_a_text_repeats_nothing_drafts_are_looked_for_more_rarely():
+    class Found(Copies):
+        has_some = False
+
+        def propose(self, requests, k):
+            drafts = super().propose(requests, k)
+            return drafts if self.has_some else {}
+
+    proposer = Found()
+    speculator = Speculator(proposer, DraftPolicy(4, BOUND))
+    requests, looked = [running(0)], []
+    for _ in range(64):
+        before = len(proposer.asked)
+        assert speculator.propose(requests) == {}
+        looked.append(len(proposer.asked) - before)
+    assert [step for step, times in enumerate(looked) if times][:12] == [
+        0,
+        1,
+        2,
+        3,
+        5,
+        7,
+        9,
+        11,
+        14,
+        17,
+        20,
+        23,
+    ]
+    assert sum(looked[24:]) == 40 // (MOST_MISS_REST + 1)
+    proposer.has_some = True
+    steps = next(step for step in range(9) if speculator.propose(requests))
+    assert steps <= MOST_MISS_REST
+    assert speculator.propose(requests)  # and in every step from then on
+
+
 def test_a_probe_with_a_draft_model_is_one_request():
     proposer = Copies(is_free=False)
     speculator = Speculator(proposer, DraftPolicy(4, BOUND))
@@ -261,6 +297,19 @@ def test_a_table_that_is_wrong_costs_little_whichever_way(num_requests, share, w
         truth = replace(table, verify=Curve(tuple(verify)), draft=Curve(tuple(draft)))
         policy = DraftPolicy(4, table)
         assert serve(policy, truth, num_requests, share, 2000, random.Random(5)) > 0.97
+
+
+def test_drafts_at_hand_now_and_then_are_found_to_be_too_dear():
+    """N-grams are found in few steps in a row: what a single drafted step takes counts, too."""
+    table = replace(BOUND, verify=Curve(((1, 1.0), (8, 1.0), (32, 1.0))))
+    policy, rng, drafted = DraftPolicy(2, table), random.Random(4), []
+    for step in range(1200):
+        count = policy.choose(1, (1,)) if step % 3 == 0 else 0
+        if count:
+            policy.acceptance.observe(1, rng.random() < 0.3)
+            drafted.append(step)
+        policy.observe_step(1, 1 + count, 0, 0, 1.5 if count else 1.0)
+    assert len([step for step in drafted if step >= 600]) < 10
 
 
 def test_drafts_that_a_table_thought_too_dear_are_found_to_pay():
