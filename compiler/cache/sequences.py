@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -35,24 +34,9 @@ def recall_sequences(
     if not cache.is_on:
         return RecalledSequences(compute(), False)
     try:
-        key = cache.key(_KIND, cache.files_digest([ROOT / name for name in code]), *inputs())
+        key = cache.key("sequences", cache.files_digest([ROOT / name for name in code]), *inputs())
     except (Uncachable, OSError) as reason:
         cache.note(f"{label} is not kept: {reason}")
         return RecalledSequences(compute(), False)
-    folder = cache.store.find(_KIND, key)
-    if folder is not None:
-        return RecalledSequences(_decoded((folder / "tokens").read_bytes()), True)
-    started = cache.clock()
-    computed = compute()
-    data = msgspec.msgpack.encode(computed)
-    seconds = cache.clock() - started
-    cache.store.keep(_KIND, key, label, lambda making: _write(making / "tokens", data), seconds=seconds)
-    return RecalledSequences(computed, False)
-
-
-def _decoded(data: bytes) -> Sequences:
-    return msgspec.msgpack.decode(data, type=tuple[tuple[int, ...], ...])
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    kept = cache.kept_bytes(_KIND, key, label, lambda: msgspec.msgpack.encode(compute()))
+    return RecalledSequences(msgspec.msgpack.decode(kept.data, type=Sequences), kept.cached)

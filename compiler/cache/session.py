@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from torch import Tensor
 
@@ -19,9 +19,16 @@ from .sources import SourceDigests, environment
 from .store import CacheStore
 from .tensors import recall_tensors
 
-_BYTES = "result"
+_BYTES, _DATA = "result", "data"
 # A file changed less than this many seconds ago may change again without its time showing it.
 _SETTLED_S = 2.0
+
+
+class KeptBytes(NamedTuple):
+    """Bytes, and whether they were known."""
+
+    data: bytes
+    cached: bool
 
 
 class CompileCache:
@@ -72,7 +79,8 @@ class CompileCache:
         key = Digester(sha256_of, str).of("file", str(path.resolve()), *identity)
         settled = time.time() - max(found.st_mtime, found.st_ctime) > _SETTLED_S
         if settled:
-            data = self._bytes("digest", key, f"digest of {path.name}", lambda: sha256_of(path).encode())
+            label = f"digest of {path.name}"
+            data, _ = self.kept_bytes("digest", key, label, lambda: sha256_of(path).encode())
             self._files[path] = data.decode()
         else:
             self._files[path] = sha256_of(path)
@@ -95,7 +103,18 @@ class CompileCache:
         """The bytes that `compute` makes of `inputs`, which must be all they depend on."""
         if not self.is_on:
             return compute()
-        return self._bytes(_BYTES, Digester(sha256_of, str).of("bytes", *inputs), label, compute)
+        return self.kept_bytes(_BYTES, Digester(sha256_of, str).of("bytes", *inputs), label, compute).data
+
+    def kept_bytes(self, kind: str, key: str, label: str, compute: Callable[[], bytes]) -> KeptBytes:
+        """The bytes kept under `key`, or those that `compute` makes, which are kept; needs the cache on."""
+        folder = self.store.find(kind, key)
+        if folder is not None:
+            return KeptBytes((folder / _DATA).read_bytes(), True)
+        started = self.clock()
+        data = compute()
+        seconds = self.clock() - started
+        self.store.keep(kind, key, label, lambda making: _write(making / _DATA, data), seconds=seconds)
+        return KeptBytes(data, False)
 
     def reuse(self) -> Reuse | None:
         """What was found so far; None where the cache is off."""
@@ -125,16 +144,6 @@ class CompileCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _bytes(self, kind: str, key: str, label: str, compute: Callable[[], bytes]) -> bytes:
-        folder = self.store.find(kind, key)
-        if folder is not None:
-            return (folder / "data").read_bytes()
-        started = self.clock()
-        data = compute()
-        seconds = self.clock() - started
-        self.store.keep(kind, key, label, lambda making: _write(making / "data", data), seconds=seconds)
-        return data
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -16,24 +16,15 @@ from llmc.ir.weights import Constant, Slice
 from llmc.passes.quantize import solve
 
 
-@pytest.fixture
-def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("LLMC_CACHE_BYTES")
-    return tmp_path / "cache"
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def compile_tiny(model, output, **options):
     return compile_model(
         model, output=output, quant="int8", target="reference", verify="structure", **options
     )
 
 
-def test_a_second_compile_gives_the_same_bytes_and_reuses_every_pass(stories_1m, tmp_path, cache_folder):
+def test_a_second_compile_gives_the_same_bytes_and_reuses_every_pass(
+    stories_1m, tmp_path, cache_folder, contents
+):
     first = compile_tiny(stories_1m, tmp_path / "one.llmc")
     second = compile_tiny(stories_1m, tmp_path / "two.llmc")
     assert contents(first.path) == contents(second.path)
@@ -61,7 +52,9 @@ def test_another_page_size_quantises_nothing_again(stories_1m, tmp_path, cache_f
     assert not cached["memory_plan"]
 
 
-def test_another_option_of_an_early_pass_runs_it_and_all_behind_it(stories_1m, tmp_path, cache_folder):
+def test_another_option_of_an_early_pass_runs_it_and_all_behind_it(
+    stories_1m, tmp_path, cache_folder, contents
+):
     compile_tiny(stories_1m, tmp_path / "one.llmc")
     second = compile_tiny(stories_1m, tmp_path / "two.llmc", overrides=["scale_search.group_size=64"])
     names = [entry.name for entry in second.passes]

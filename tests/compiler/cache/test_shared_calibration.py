@@ -15,23 +15,12 @@ from llmc.passes.recipes import Recipe, preset_recipe, to_yaml
 from llmc.spec.errors import UsageError
 
 
-@pytest.fixture
-def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("LLMC_CACHE_BYTES")
-    return tmp_path / "cache"
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def ledger_note(result, stage):
     return next(entry.note for entry in result.ledger if entry.stage == stage)
 
 
 def test_text_of_the_models_own_is_written_once_for_all_recipes(
-    stories_1m, tmp_path, cache_folder, monkeypatch
+    stories_1m, tmp_path, cache_folder, contents, monkeypatch
 ):
     searched = [
         ScaleSearch(bits=4, group_size=32) if pass_.name in ("rtn", "scale_search") else pass_
