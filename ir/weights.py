@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -75,7 +75,7 @@ class Reader:
 
     def _rounded(self, of: Expr, scheme: QuantScheme) -> QTensor:
         def compute() -> dict[str, Tensor]:
-            rounded = quantize_in_bands(of.evaluate(self), scheme)
+            rounded = quantize_in_bands(finite_values(of, self), scheme)
             return {name: part for name, part in rounded._asdict().items() if part is not None}
 
         label = f"{scheme.name} codes of {'x'.join(map(str, of.shape))}"
@@ -374,6 +374,37 @@ def quantize_in_bands(weight: Tensor, scheme: QuantScheme) -> QTensor:
         torch.cat([band.codes for band in bands]),
         torch.cat([band.scales for band in bands]),
         torch.cat(zeros) if zeros else None,
+    )
+
+
+def leaves(expr: Any) -> Iterator[Any]:
+    """The expressions without parts of their own that `expr` is made of, and plain settings on the way."""
+    if not is_dataclass(expr) or isinstance(expr, (Source, Constant, QuantScheme, type)):
+        yield expr
+        return
+    for entry in fields(expr):
+        value: Any = getattr(expr, entry.name)
+        for item in value if isinstance(value, tuple) else (value,):
+            yield from leaves(item)
+
+
+def finite_values(expr: Expr, reader: Reader, name: str = "") -> Tensor:
+    """The values of `expr`, a weight called `name` where it has a name, that is to be rounded. Raises
+    ModelError naming the stored tensor that holds NaN or infinity."""
+    value = expr.evaluate(reader)
+    if not value.is_floating_point() or bool(value.isfinite().all()):
+        return value
+    bad = name or "that is to be rounded"
+    for leaf in leaves(expr):
+        if isinstance(leaf, Source) and not bool(leaf.evaluate(reader).float().isfinite().all()):
+            bad = f"{leaf.key} in {Path(leaf.path).name}"
+            break
+    count = int((~value.isfinite()).sum())
+    raise ModelError(
+        "model.not_finite",
+        f"Weight {bad} holds values that are no numbers.",
+        f"{count} values of {name or 'it'} are NaN or infinite, and cannot be rounded.",
+        "Restore the checkpoint from where it came from, or check how it was converted.",
     )
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +22,9 @@ from ...ir.coded import Codes
 from ...ir.printer import print_program
 from ...ir.program import Program
 from ...ir.quantized import QTensor
-from ...ir.weights import Constant, Expr, Source
+from ...ir.weights import Constant, Expr, Source, leaves
 from ...spec.errors import TargetError
 from ...spec.history import LayerError
-from ...spec.quant import QuantScheme
 
 # Raised whenever the same inputs would give other codes: results of other versions are not taken up.
 _VERSION = 3
@@ -122,17 +120,6 @@ def fingerprint(program: Program, *inputs: Any) -> str:
         for leaf in leaves(program.weights[name]):
             digest.update(f"{name} {_identity(leaf)}\n".encode())
     return digest.hexdigest()[:32]
-
-
-def leaves(expr: Any) -> Iterator[Any]:
-    """The expressions without parts of their own that `expr` is made of, and plain settings on the way."""
-    if not is_dataclass(expr) or isinstance(expr, (Source, Constant, QuantScheme, type)):
-        yield expr
-        return
-    for entry in fields(expr):
-        value: Any = getattr(expr, entry.name)
-        for item in value if isinstance(value, tuple) else (value,):
-            yield from leaves(item)
 
 
 def _identity(leaf: Any) -> str:

@@ -113,32 +113,50 @@ def run_nodes(
     """The values of `nodes` in float32, with those of `known`; tables of positions are computed where they
     are read. `faster` has functions to call in place of operators. With `gradients` those of weights are
     kept track of."""
-    values = dict(known)
+    run = _Run(known, inputs, weight, faster)
+    with torch.set_grad_enabled(gradients):
+        for node in nodes:
+            run.value(node)
+    return run.values
 
-    def value(node: fx.Node) -> Any:
+
+class _Run:
+    """Values by node, found as they are asked for. Functions that call each other would be a cycle, and keep
+    the values of a step until garbage is next collected: gigabytes, where steps are large."""
+
+    def __init__(
+        self,
+        known: Mapping[fx.Node, Any],
+        inputs: Mapping[str, Tensor],
+        weight: Callable[[str], Tensor],
+        faster: Mapping[Any, Callable[..., Any]],
+    ) -> None:
+        self.values = dict(known)
+        self._inputs = inputs
+        self._weight = weight
+        self._faster = faster
+
+    def value(self, node: fx.Node) -> Any:
+        """What `node` gives."""
         if node.op == "get_attr":
-            return weight(str(node.target))
-        if node not in values:
-            values[node] = inputs[str(node.target)] if node.op == "placeholder" else call(node)
-        return values[node]
+            return self._weight(str(node.target))
+        if node not in self.values:
+            is_input = node.op == "placeholder"
+            self.values[node] = self._inputs[str(node.target)] if is_input else self._call(node)
+        return self.values[node]
 
-    def call(node: fx.Node) -> Any:
-        args: tuple[Any, ...] = fx.map_arg(node.args, value)
-        kwargs: dict[str, Any] = fx.map_arg(node.kwargs, value)
+    def _call(self, node: fx.Node) -> Any:
+        args: tuple[Any, ...] = fx.map_arg(node.args, self.value)
+        kwargs: dict[str, Any] = fx.map_arg(node.kwargs, self.value)
         kwargs = {key: torch.float32 if arg in _LOW else arg for key, arg in kwargs.items()}
-        if node.target in faster:
-            return faster[node.target](*args, **kwargs)
+        if node.target in self._faster:
+            return self._faster[node.target](*args, **kwargs)
         if node.target is LINEAR:
             return F.linear(*args, **kwargs)
         if node.target is ATTENTION and is_plain(args):
             return plain_attention(*args[:4], scale=args[7])
         assert callable(node.target)
         return node.target(*args, **kwargs)
-
-    with torch.set_grad_enabled(gradients):
-        for node in nodes:
-            value(node)
-    return values
 
 
 def is_plain(args: Sequence[Any]) -> bool:

@@ -8,9 +8,10 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llmc.ir.interpret import interpret
-from llmc.ir.weights import Constant
+from llmc.ir.weights import Constant, Source
 from llmc.passes.base import PassContext
 from llmc.passes.calibration import Calibration
 from llmc.passes.fuse_qkv import FuseQkv
@@ -20,11 +21,12 @@ from llmc.passes.manager import run_passes
 from llmc.passes.probe import logits_of, probe_sequences
 from llmc.passes.quantize import activations, solve
 from llmc.passes.quantize.footprint import calibration_footprint
+from llmc.passes.quantize.fp8 import Fp8
 from llmc.passes.quantize.gptq import Gptq
 from llmc.passes.quantize.rtn import Rtn
 from llmc.passes.quantize.scale_search import ScaleSearch
 from llmc.passes.quantize.segments import product_sites
-from llmc.passes.quantize.walk import Walk
+from llmc.passes.quantize.walk import Walk, packed_inputs, run_nodes
 from llmc.spec.errors import ModelError, RecipeError, TargetError
 
 
@@ -73,6 +75,22 @@ def test_a_walk_gives_each_product_the_inputs_that_the_whole_program_gives_it(to
         assert torch.allclose(value, whole[name], atol=1e-4), name
     walk.close()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_values_of_a_step_go_with_it(toy):
+    """At once, not when garbage is next collected: those of wide layers take gigabytes."""
+    program = toy()
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    gc.collect()
+    gc.disable()
+    try:
+        found = run_nodes(nodes, {}, packed_inputs([(1, 2, 3)]), program.weights.evaluate)
+        references = [weakref.ref(value) for value in found.values() if isinstance(value, torch.Tensor)]
+        del found
+        assert len(references) > 12
+        assert not any(reference() is not None for reference in references)
+    finally:
+        gc.enable()
 
 
 def test_calibrated_weights_come_closer_than_rounded_ones(toy, tmp_path):
@@ -142,17 +160,26 @@ def test_results_of_other_options_tokens_or_weights_are_not_taken_up(toy, tmp_pa
         assert same(fresh, stored(quantize(other, tmp_path, pass_)))
 
 
-def test_weights_that_are_no_numbers_are_refused_by_name(toy, tmp_path):
+@pytest.mark.parametrize("poison", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    "pass_",
+    [ScaleSearch(data=False), Gptq(), Rtn(), Rtn(bits=8, group_size=0, symmetric=False), Fp8()],
+    ids=["by weights", "calibrated", "nearest", "with zero points", "floats"],
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(toy, tmp_path, pass_, poison):
+    """Whether they are rounded at once or when they are asked for; by the stored tensor."""
     program = toy()
     name = next(name for name in program.used_weights() if "down" in name or "o_proj" in name)
-    value = program.weights.evaluate(name).clone()
-    value[0, 0] = float("nan")
-    broken = program.replace(weights=program.weights.with_entries({name: Constant(value)}))
+    value = program.weights.evaluate(name).contiguous().clone()
+    value[0, 0] = poison
+    save_file({"stored.weight": value}, tmp_path / "model.safetensors")
+    source = Source(str(tmp_path / "model.safetensors"), "stored.weight", tuple(value.shape), value.dtype)
+    broken = program.replace(weights=program.weights.with_entries({name: source}))
     context = PassContext(calibration=calibration(broken, tmp_path))
     with pytest.raises(ModelError) as caught:
-        run_passes(broken, (ScaleSearch(data=False),), context)
+        stored(run_passes(broken, (pass_,), context))
     assert caught.value.code == "model.not_finite"
-    assert name in caught.value.why
+    assert "stored.weight in model.safetensors" in caught.value.what
 
 
 def test_a_layer_that_no_token_activates_is_rounded_by_its_weights_and_said_to_be(toy, tmp_path):
