@@ -18,7 +18,6 @@ from openai import OpenAI
 
 import llmc
 from llmc.cli.main import main
-from llmc.runtime.bench.target import bench_start
 from llmc.runtime.params import SamplingParams
 
 PROMPT = "Once upon a time"
@@ -136,13 +135,28 @@ def test_the_ledger_adds_up_to_the_wall_clock(artifact):
     that word, so one start in three has to come out right."""
     gaps = []
     for _ in range(3):
-        got = bench_start(artifact, 1)
+        asked = CliRunner().invoke(main, ["bench", "start", str(artifact), "--starts", "1", "--json"])
+        assert asked.exit_code == 0, asked.output
+        got = json.loads(asked.stdout)
         assert got["ledger_gap"] == pytest.approx(abs(sum(got["ledger"].values()) / got["ready_s"] - 1))
         assert got["ready_s"] >= sum(got["ledger"].values()) - 0.02
         gaps.append(got["ledger_gap"])
         if gaps[-1] <= 0.05:
             return
     raise AssertionError(f"the ledger misses {gaps} of the wall clock")
+
+
+def test_an_artifact_is_measured_and_shown(artifact):
+    shared = ["--lengths", "fixed:4,8", "--requests", "3"]
+    asked = CliRunner().invoke(main, ["bench", "latency", str(artifact), *shared, "--json"])
+    assert asked.exit_code == 0, asked.output
+    got = json.loads(asked.stdout)
+    for name in ("ttft_s", "tpot_s", "prefill_tokens_per_s", "decode_tokens_per_s"):
+        assert 0 < got[name]["p50"] <= got[name]["p90"] <= got[name]["p99"], name
+    assert "bandwidth_fraction" in got
+    shown = CliRunner().invoke(main, ["bench", "start", str(artifact), "--starts", "1"])
+    assert shown.exit_code == 0, shown.output
+    assert "ready" in shown.stdout
 
 
 def test_the_ledger_begins_with_the_process():
