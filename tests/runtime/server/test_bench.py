@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llmc.cli.main import main
 from llmc.runtime.bench.client import Endpoint, Sample
 from llmc.runtime.bench.measures import Limits, find_saturation, measure, spread
-from llmc.runtime.bench.runs import Load, bench_latency, bench_sweep, offer
+from llmc.runtime.bench.runs import Load, bench_latency, offer
 from llmc.runtime.bench.workload import arrivals, draw_sizes
 from llmc.spec.errors import UsageError
 
@@ -134,8 +134,10 @@ def test_a_sweep_finds_the_knee(serve):
     """One row of 20 tokens at 5 ms each: about 10 requests a second, and no more."""
     running = serve(caps={"max_rows": 1})
     running.executor.delay_s = 0.005
-    load = Load(lengths="fixed:3,20", num_requests=16, rate_per_s=2.0, vocab_size=28)
-    got = bench_sweep(Endpoint(url=running.url, model="letters"), load, Limits(ttft_s=0.3))
+    load = ("--lengths", "fixed:3,20", "--requests", 16, "--rate", 2, "--ttft-limit", 0.3)
+    asked = invoke("sweep", running.url, *load, "--json")
+    assert asked.exit_code == 0, asked.output
+    got = json.loads(asked.stdout)
     rates = [row["rate_per_s"] for row in got["rows"]]
     assert rates == sorted(rates)
     assert got["knee_per_s"] in rates
