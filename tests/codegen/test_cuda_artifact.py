@@ -73,8 +73,8 @@ def test_files_name_no_path_and_registers_do_not_spill_much(artifact, unit):
         cubin = artifact.read_bytes(kernel.file)
         assert str(HERE.parents[1]).encode() not in cubin
         assert b".py" not in cubin
-        # A model of one block of words a row has all of its loads at once.
-        assert kernel.stack_bytes <= 96, kernel
+        # Reducing the angles of a rotation takes an array of the library's.
+        assert kernel.stack_bytes <= 32, kernel
         assert kernel.shared_bytes <= 227 << 10, kernel
 
 
