@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmc.runtime import speculation_costs
+from llmc.runtime.config import RuntimeConfig
 from llmc.runtime.draft_policy import (
     MARGIN,
     PLAIN_EVERY,
@@ -21,6 +23,7 @@ from llmc.runtime.draft_policy import (
     DraftPolicy,
     SpeculationCosts,
 )
+from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps
 from llmc.runtime.protocol import SamplingState
 from llmc.runtime.request import Request, RunningRequest
 from llmc.runtime.speculation import MOST_MISS_REST, MOST_REST, NgramIndex, Speculator
@@ -52,6 +55,17 @@ def test_step_seconds_are_exact_where_they_were_measured():
     assert BOUND.step_s(8, 8) == pytest.approx(1.2)
     assert BOUND.step_s(1, 8) == pytest.approx(1.1)
     assert BOUND.step_s(8, 32) == pytest.approx(2.9)
+
+
+def test_what_slows_one_measurement_as_a_whole_does_not_count(monkeypatch):
+    """Decoding was timed while another process ran, verifying was not."""
+    monkeypatch.setattr(speculation_costs._Bench, "decode", lambda bench: {1: 3.0, 2: 3.6, 4: 6.0})
+    monkeypatch.setattr(speculation_costs._Bench, "verify", lambda bench: {1: 2.0, 2: 2.2, 4: 3.0})
+    executor = SimulatedExecutor(simulated_caps())
+    costs = speculation_costs.measure_costs(executor, RuntimeConfig())
+    executor.close()
+    assert dict(costs.decode.points) == pytest.approx({1: 2.0, 2: 2.4, 4: 4.0})
+    assert costs.verify.points == ((1, 2.0), (2, 2.2), (4, 3.0))
 
 
 def test_drafting_pays_where_tokens_are_nearly_free_and_not_where_they_are_not():
