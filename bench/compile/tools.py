@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,15 +72,18 @@ def measure_bisect(model: Path, presets: list[str], rounds: int) -> dict[str, ob
 
 
 def measure_verify(model: Path, presets: list[str], rounds: int) -> dict[str, object]:
-    """Compiles with and without verification in turns, nothing cached; `cost` is what it adds, as a share."""
+    """Compiles with and without verification, each first in turn, nothing cached; `cost` is what it adds, as a
+    share."""
     found: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as work:
         for preset in presets:
             runs: dict[str, list[dict]] = {"off": [], "numerics": []}
-            for _ in range(rounds):
-                for level, done in runs.items():
-                    options = ("--quant", preset, "--verify", level, "--no-cache", "--force")
-                    done.append(_run("compile", model, *options, "-o", f"{work}/a.llmc"))
+            for turn in range(rounds):
+                for level in sorted(runs, reverse=turn % 2 == 1):
+                    options = ("--quant", preset, "--verify", level, "--no-cache")
+                    os.sync()  # what the one before wrote is not this one's to wait for
+                    runs[level].append(_run("compile", model, *options, "-o", f"{work}/a.llmc"))
+                    shutil.rmtree(f"{work}/a.llmc")
             medians = {
                 level: {key: percentiles([run[key] for run in done])["p50"] for key in ("wall_s", "cpu_s")}
                 for level, done in runs.items()
