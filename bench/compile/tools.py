@@ -72,8 +72,8 @@ def measure_bisect(model: Path, presets: list[str], rounds: int) -> dict[str, ob
 
 
 def measure_verify(model: Path, presets: list[str], rounds: int) -> dict[str, object]:
-    """Compiles with and without verification, each first in turn, nothing cached; `cost` is what it adds, as a
-    share."""
+    """Compiles with and without verification, each first in turn, nothing cached; `cost` is the share that it
+    adds."""
     found: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as work:
         for preset in presets:
