@@ -59,7 +59,12 @@ def first_difference(
     before: Program, after: Program, sequences: Sequence[Sequence[int]], allowed: float
 ) -> Suspect | None:
     """The first node of `after` that is further from `before` than `allowed` (relative), or None."""
-    expected, found = run_nodes(before, sequences), run_nodes(after, sequences)
+    return _first_apart(before, after, run_nodes(before, sequences), run_nodes(after, sequences), allowed)
+
+
+def _first_apart(
+    before: Program, after: Program, expected: NodeRun, found: NodeRun, allowed: float
+) -> Suspect | None:
     right: set[fx.Node] = set()
     for node in after.graph.nodes:
         error = _error(expected, found, node)
@@ -126,15 +131,14 @@ def first_lossy_difference(
     weight rounded to nearest in the same scheme. A weight that makes up for what was rounded before it is
     further from the first, and has to be nearer than the second to what the product was before the pass.
     """
-    checked = _ProductCheck(before, after)
-    suspect = checked.first(sequences)
+    expected, found = run_nodes(before, sequences), run_nodes(after, sequences)
+    suspect = _ProductCheck(before, after).first(expected, found)
     if suspect is not None:
         return suspect
-    expected, found = run_nodes(before, sequences), run_nodes(after, sequences)
     error = relative_error(expected.logits, found.logits)
     if error <= _LOSSY_LIMIT:
         return None
-    return first_difference(before, after, sequences, _LOSSY_LIMIT) or Suspect(
+    return _first_apart(before, after, expected, found, _LOSSY_LIMIT) or Suspect(
         node="output", operator="logits", layer="", error=error, allowed=_LOSSY_LIMIT
     )
 
@@ -154,10 +158,7 @@ class _ProductCheck:
             and str(argument(node, "codes").target) not in old
         ]
 
-    def first(self, sequences: Sequence[Sequence[int]]) -> Suspect | None:
-        if not self._new:
-            return None
-        expected, found = run_nodes(self._before, sequences), run_nodes(self._after, sequences)
+    def first(self, expected: NodeRun, found: NodeRun) -> Suspect | None:
         for node in self._new:
             source = argument(node, "x")
             weight = str(argument(node, "codes").target).removesuffix(".codes")

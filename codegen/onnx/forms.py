@@ -16,7 +16,7 @@ from ...artifact.onnx import CodeShift, PackedZeros, StoredForms
 from ...ir import ops as _registered  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers them
 from ...ir.arguments import argument
 from ...ir.program import Program
-from ...ir.weights import Expr, Reader, WeightStore
+from ...ir.weights import Expr, Reader, SameForm, WeightStore
 from ...spec.errors import TargetError
 from ...spec.quant import QuantScheme, parse_scheme
 from .mixtures import is_to_be_interleaved, misfit
@@ -92,21 +92,10 @@ class Bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Alternating:
+class Alternating(SameForm):
     """`of[E, 2F, ...]` with rows of its first and second half in turn, or, where `back`, the inverse."""
 
-    of: Expr
     back: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As `of`."""
-        return tuple(self.of.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As `of`."""
-        return self.of.dtype
 
     def evaluate(self, reader: Reader) -> Tensor:
         """The rows in their order."""

@@ -39,7 +39,7 @@ def product(
 
 def _quantized_linear(emitter: Emitter, node: fx.Node) -> ir.Value:
     source: Any = node.args[0]
-    matrix = _matrix(node, int(node.meta["val"].shape[-1]), int(source.meta["val"].shape[-1]))
+    matrix = _factor(node)
     bias = emitter.optional(argument(node, "bias"))
     accuracy = _accuracy(emitter, node, matrix)
     if accuracy:
@@ -89,8 +89,7 @@ def _halves(emitter: Emitter, packed: fx.Node) -> tuple[Half, Half] | None:
     """What makes of its input the first and the second half of a packed product that nobody else reads."""
     if str(packed.target) != "llmc.quantized_linear.default" or len(packed.users) > 1:
         return None
-    source: Any = packed.args[0]
-    matrix = _matrix(packed, int(packed.meta["val"].shape[-1]), int(source.meta["val"].shape[-1]))
+    matrix = _factor(packed)
     accuracy = _accuracy(emitter, packed, matrix)
     bias: Any = argument(packed, "bias")
     if not accuracy:
@@ -102,6 +101,12 @@ def _halves(emitter: Emitter, packed: fx.Node) -> tuple[Half, Half] | None:
 
     first, second = matrix.halves()
     return product_of(first), product_of(second)
+
+
+def _factor(node: fx.Node) -> Matrix:
+    """The matrix that a product multiplies by."""
+    source: Any = node.args[0]
+    return _matrix(node, int(node.meta["val"].shape[-1]), int(source.meta["val"].shape[-1]))
 
 
 def _matrix(node: fx.Node, rows: int, width: int) -> Matrix:
