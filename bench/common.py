@@ -10,6 +10,7 @@ import platform
 import re
 import resource
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -47,6 +48,22 @@ def percentiles(samples: Sequence[float]) -> dict[str, float]:
         f"p{share}": ordered[max(0, -(-share * len(ordered) // 100) - 1)] for share in (50, 90, 99)
     }
     return {**found, "n": len(ordered)}
+
+
+def median_interval(samples: Sequence[float]) -> dict[str, float]:
+    """The median with its distribution-free interval of at least 95 % (all samples where there are fewer than
+    six): order statistics whose ranks are where a fair coin's counts leave 2.5 % on either side. Raises
+    ValueError for no samples."""
+    if not samples:
+        raise ValueError("no samples to take the median of")
+    ordered, count = sorted(samples), len(samples)
+    weight, below, rank = 0.5**count, 0.0, 0
+    while below + weight <= 0.025:
+        below += weight
+        weight *= (count - rank) / (rank + 1)
+        rank += 1
+    low, high = ordered[max(0, rank - 1)], ordered[min(count - 1, count - rank)]
+    return {"median": statistics.median(ordered), "low": low, "high": high, "n": count}
 
 
 def peak_memory_bytes() -> int:

@@ -8,8 +8,9 @@ whichever it was. `--loads` starts them anew, since a load also decides where in
 
 Makes what is missing in FOLDER: the model by llmc (recipe bench/onnx/int4.yaml), and by the own builder of
 onnxruntime-genai, run by PYTHON, at the same settings: everything in 4 bits with a scale for 32, inputs of
-products rounded to 8 bits; once as the builder does it, once with its option `prune_lm_head`. Ratios are the
-other's median time by that of llmc: above 1 llmc is faster.
+products rounded to 8 bits; once as the builder does it, once with its option `prune_lm_head`. A ratio is the
+other's median time by that of llmc, of one load of both: above 1 llmc is faster. Of the loads' ratios the
+median is told, with its interval.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import onnxruntime_genai as genai
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
-from common import Record, percentiles  # noqa: E402 - the folder above must be on the path first
+from common import Record, median_interval, percentiles  # noqa: E402 - the folder above must be on the path first
 
 BUILDER = "onnxruntime_genai.models.builder"
 SETTINGS = ("int4_block_size=32", "int4_accuracy_level=4")
@@ -124,14 +125,11 @@ def players(folders: dict[str, Path], threads: int, scratch: Path) -> Generator[
 
 
 def measure(
-    pipes: dict[str, Connection],
-    prompt: int,
-    tokens: int,
-    rounds: int,
-    found: dict[str, dict[str, list[float]]],
-) -> None:
-    """Add seconds of prefills and of single tokens of each model, in an order drawn anew for each run of
-    tokens. The first tokens of a run are left out: threads of the model before it may still wait awake."""
+    pipes: dict[str, Connection], prompt: int, tokens: int, rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of prefills and of single tokens of each model, in an order drawn anew for each run of tokens.
+    The first tokens of a run are left out: threads of the model before it may still wait awake."""
+    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in pipes}
 
     def ask(name: str, what: object) -> list[float]:
         pipes[name].send(what)
@@ -146,18 +144,21 @@ def measure(
             random.shuffle(order)
             for name in order:
                 found[name]["decode"] += ask(name, RUN)[LEFT_OUT:]
+    return found
 
 
-def summary(found: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Percentiles of every model's milliseconds, and the others' medians by ours."""
+def summary(loads: list[dict[str, dict[str, list[float]]]]) -> dict[str, Any]:
+    """Percentiles of every model's milliseconds over all loads, and ratios of the others' medians to ours."""
+    kinds = ("prefill", "decode")
     rows = {
-        name: {kind: percentiles([1e3 * one for one in samples]) for kind, samples in kinds.items()}
-        for name, kinds in found.items()
+        name: {kind: percentiles([1e3 * one for load in loads for one in load[name][kind]]) for kind in kinds}
+        for name in NAMES
     }
+    median = statistics.median
     ratios = {
         other: {
-            kind: statistics.median(found[other][kind]) / statistics.median(found[OURS][kind])
-            for kind in ("prefill", "decode")
+            kind: median_interval([median(load[other][kind]) / median(load[OURS][kind]) for load in loads])
+            for kind in kinds
         }
         for other in OTHERS
     }
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--builder-python", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--prompt", type=int, nargs="+", default=[32, 512])
-    for name, default in (("threads", 2), ("tokens", 33), ("rounds", 2), ("loads", 3)):
+    for name, default in (("threads", 2), ("tokens", 33), ("rounds", 1), ("loads", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     folders = {name: arguments.folder / name for name in NAMES}
@@ -179,12 +180,12 @@ def main() -> None:
         if not folder.exists():
             make(name, arguments.model, arguments.builder_python, folder)
     record = Record("onnx_speed")
-    found = {prompt: {name: {"prefill": [], "decode": []} for name in NAMES} for prompt in arguments.prompt}
+    loads: dict[int, list[Any]] = {prompt: [] for prompt in arguments.prompt}
     for _ in range(arguments.loads):
         with players(folders, arguments.threads, arguments.folder) as pipes:
             for prompt in arguments.prompt:
-                measure(pipes, prompt, arguments.tokens, arguments.rounds, found[prompt])
-    rows = {f"prompt {prompt}": summary(times) for prompt, times in found.items()}
+                loads[prompt].append(measure(pipes, prompt, arguments.tokens, arguments.rounds))
+    rows = {f"prompt {prompt}": summary(found) for prompt, found in loads.items()}
     sizes = {
         name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         for name, folder in folders.items()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Record
+from common import Record, median_interval
 
 from llmc.runtime.config import RuntimeConfig
 from llmc.runtime.llm import LLM
@@ -81,7 +81,7 @@ def compare(llm: LLM, work: Work, rounds: int) -> dict[str, object]:
         "num_output_tokens": num_tokens,
         "one_at_a_time_tokens_per_s": num_tokens / statistics.median(apart_s),
         "together_tokens_per_s": num_tokens / statistics.median(together_s),
-        "ratio": {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1], "n": rounds},
+        "ratio": median_interval(ratios),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Record
+from common import Record, median_interval
 
 from llmc.runtime.config import RuntimeConfig
 from llmc.runtime.llm import LLM
@@ -41,19 +41,6 @@ def decode_s(llm: LLM, batch: int, params: SamplingParams) -> tuple[float, float
     ended, ended_cpu = time.perf_counter(), time.process_time()
     first_s = min(output.ttft_s or 0.0 for output in outputs)
     return ended - started - first_s, ended_cpu - started_cpu, [output.token_ids for output in outputs]
-
-
-def interval(ratios: list[float]) -> dict[str, float]:
-    """The median with its distribution-free interval of at least 95 %: order statistics whose ranks are where
-    a fair coin's counts leave 2.5 % on either side."""
-    ordered, count = sorted(ratios), len(ratios)
-    weight, below, rank = 0.5**count, 0.0, 0
-    while below + weight <= 0.025:
-        below += weight
-        weight *= (count - rank) / (rank + 1)
-        rank += 1
-    low, high = ordered[max(0, rank - 1)], ordered[min(count - 1, count - rank)]
-    return {"median": statistics.median(ordered), "low": low, "high": high, "n": count}
 
 
 def compare(
@@ -83,8 +70,8 @@ def compare(
             plain_s.append(wall["plain"])
         number += 1
     return {
-        "wall": interval(walls),
-        "processor": interval(processors),
+        "wall": median_interval(walls),
+        "processor": median_interval(processors),
         "plain_tokens_per_s": batch * (len(tokens[0][0]) - 1) / statistics.median(plain_s),
     }
 

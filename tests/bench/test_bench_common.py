@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
 
@@ -32,6 +33,24 @@ def test_percentiles_are_samples_with_enough_below(count):
 def test_percentiles_of_nothing_are_an_error():
     with pytest.raises(ValueError, match="no samples"):
         common.percentiles([])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 9, 20, 51])
+def test_the_interval_of_a_median_misses_it_as_rarely_as_it_says(count):
+    samples = [float(index) for index in range(count)]
+    found = common.median_interval(samples[::-1])
+    below = int(found["low"])  # so many samples are below the interval, and as many above it
+    assert found["high"] == count - 1 - below
+    assert found["median"] == (count - 1) / 2
+    misses = 2 * sum(math.comb(count, few) for few in range(below + 1)) / 2**count
+    wider = 2 * sum(math.comb(count, few) for few in range(below + 2)) / 2**count
+    assert misses <= 0.05 or below == 0
+    assert wider > 0.05, "the narrowest interval that holds"
+
+
+def test_the_median_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="no samples"):
+        common.median_interval([])
 
 
 def test_a_record_says_what_it_depends_on(tmp_path):
