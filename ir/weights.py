@@ -18,6 +18,7 @@ from torch import Tensor
 from ..spec.errors import InternalError, ModelError
 from ..spec.quant import QuantScheme
 from .bands import map_bands
+from .finite import all_finite, is_narrower, refused_values
 from .quantized import QTensor, part_dtype, part_shape, quantize_rtn
 
 _READ_BYTES = 256 << 20
@@ -46,10 +47,12 @@ class Reader:
         self._cache = cache
         self._files: dict[str, safe_open] = {}
         self._num_bytes = 0
+        self._sound: set[tuple[str, str]] = set()
         self._quantized: tuple[Expr, QuantScheme, QTensor] | None = None
 
     def tensor(self, path: str, key: str) -> Tensor:
-        """The stored tensor `key` of file `path`."""
+        """The stored tensor `key` of file `path`. Raises ModelError naming it when it holds NaN or infinity,
+        for which it is looked through the first time."""
         if self._num_bytes > _READ_BYTES:
             self._files.clear()
             self._num_bytes = 0
@@ -57,6 +60,9 @@ class Reader:
             self._files[path] = safe_open(path, framework="pt")
         tensor = self._files[path].get_tensor(key)
         self._num_bytes += tensor.nbytes
+        if (path, key) not in self._sound:
+            _check_stored(tensor, path, key)
+            self._sound.add((path, key))
         return tensor
 
     def quantized(self, of: Expr, scheme: QuantScheme) -> QTensor:
@@ -313,8 +319,12 @@ class Cast:
         return self.of.shape
 
     def evaluate(self, reader: Reader) -> Tensor:
-        """The rounded values."""
-        return self.of.evaluate(reader).to(self.dtype)
+        """The rounded values. Raises ModelError when one of them is too large for `dtype`."""
+        value = self.of.evaluate(reader)
+        rounded = value.to(self.dtype)
+        if is_narrower(self.dtype, value.dtype) and not all_finite(rounded) and all_finite(value):
+            raise _too_large(self)
+        return rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,21 +400,26 @@ def leaves(expr: Any) -> Iterator[Any]:
 
 def finite_values(expr: Expr, reader: Reader, name: str = "") -> Tensor:
     """The values of `expr`, a weight called `name` where it has a name, that is to be rounded. Raises
-    ModelError naming the stored tensor that holds NaN or infinity."""
+    ModelError when NaN or infinity is among them: of what is stored by the name of the tensor."""
     value = expr.evaluate(reader)
-    if not value.is_floating_point() or bool(value.isfinite().all()):
-        return value
-    bad = name or "that is to be rounded"
-    for leaf in leaves(expr):
-        if isinstance(leaf, Source) and not bool(leaf.evaluate(reader).float().isfinite().all()):
-            bad = f"{leaf.key} in {Path(leaf.path).name}"
-            break
-    count = int((~value.isfinite()).sum())
-    raise ModelError(
-        "model.not_finite",
-        f"Weight {bad} holds values that are no numbers.",
-        f"{count} values of {name or 'it'} are NaN or infinite, and cannot be rounded.",
-        "Restore the checkpoint from where it came from, or check how it was converted.",
+    if not all_finite(value):
+        raise refused_values(f"Weight {name or 'that is to be rounded'}", value)
+    return value
+
+
+def _check_stored(tensor: Tensor, path: str, key: str) -> None:
+    if not all_finite(tensor):
+        raise refused_values(f"Tensor {key!r} in {Path(path).name}", tensor)
+
+
+def _too_large(cast: Cast) -> ModelError:
+    names = [leaf.key for leaf in leaves(cast.of) if isinstance(leaf, Source)]
+    narrow, wide = (str(dtype).removeprefix("torch.") for dtype in (cast.dtype, cast.of.dtype))
+    return ModelError(
+        "model.overflow",
+        f"Values of {', '.join(names[:3]) or 'a weight'} do not fit {narrow}.",
+        f"They are {wide} in the checkpoint, and {narrow} reaches to {torch.finfo(cast.dtype).max:g}.",
+        "Choose a precision that reaches further with --dtype, bfloat16 or float32.",
     )
 
 

@@ -8,6 +8,8 @@ import sys
 from collections import namedtuple
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import llmc.compiler.driver as driver
 import llmc.compiler.preflight as preflight
@@ -215,3 +217,15 @@ def test_bad_models_are_refused_through_the_driver_too(stories_1m, tmp_path):
     empty.mkdir()
     assert refusal(ModelError, empty, tmp_path / "out.llmc").code == "model.empty_folder"
     assert isinstance(refusal(LlmcError, tmp_path / "no" / "model", tmp_path / "out.llmc"), ModelError)
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4", "fp8"])
+def test_a_norm_that_holds_no_number_is_named_whatever_the_recipe(stories_1m, tmp_path, quant):
+    """No pass rounds it: it is found as it is read, before any text is written or token looked at."""
+    model = shutil.copytree(stories_1m, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    error = refusal(ModelError, model, tmp_path / "out.llmc", quant=quant)
+    assert error.code == "model.not_finite"
+    assert "'model.layers.1.input_layernorm.weight' in model.safetensors" in error.what

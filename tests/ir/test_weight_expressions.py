@@ -123,6 +123,40 @@ def test_sources_read_files_and_refuse_other_shapes(tmp_path):
     reader.close()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("place", [0, 7, 41])
+def test_a_stored_tensor_that_holds_no_numbers_is_named(tmp_path, dtype, place):
+    """Wherever in it the value lies, and however it is read; its neighbours in the file are not."""
+    path = str(tmp_path / "model.safetensors")
+    value = torch.randn(6, 7)
+    broken = value.clone()
+    broken.view(-1)[place] = torch.nan if dtype == "float8_e4m3fn" else -torch.inf
+    kind = getattr(torch, dtype)
+    save_file({"good": value.to(kind), "bad": broken.to(kind), "codes": torch.arange(9)}, path)
+    reader = Reader()
+    for name, shape, stored in (("good", (6, 7), kind), ("codes", (9,), torch.int64)):
+        Source(path, name, shape, stored).evaluate(reader)
+    with pytest.raises(ModelError, match=r"'bad' in model.safetensors") as caught:
+        Slice(Source(path, "bad", (6, 7), kind), 0, 0, 1).evaluate(reader)
+    assert caught.value.code == "model.not_finite"
+    assert caught.value.why.startswith("1 of its 42 values")
+    reader.close()
+
+
+def test_values_that_the_compute_dtype_cannot_hold_are_refused(tmp_path):
+    path = str(tmp_path / "model.safetensors")
+    save_file({"a": torch.tensor([1.0, 7e4])}, path)
+    source, reader = Source(path, "a", (2,), torch.float32), Reader()
+    with pytest.raises(ModelError, match="Values of a do not fit float16") as caught:
+        Cast(source, torch.float16).evaluate(reader)
+    assert caught.value.code == "model.overflow"
+    assert "65504" in caught.value.why
+    assert Cast(source, torch.bfloat16).evaluate(reader).isfinite().all()
+    masked = Constant(torch.tensor([0.0, -torch.inf]))
+    assert Cast(masked, torch.float16).evaluate(reader).tolist() == [0.0, -torch.inf]
+    reader.close()
+
+
 def test_what_is_not_bound_has_no_values():
     with pytest.raises(InternalError, match="'w' has no values"):
         Unbound("w", (2, 2), torch.float32).evaluate(Reader())

@@ -179,7 +179,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(toy, tmp_path, pass_, p
     with pytest.raises(ModelError) as caught:
         stored(run_passes(broken, (pass_,), context))
     assert caught.value.code == "model.not_finite"
-    assert "stored.weight in model.safetensors" in caught.value.what
+    assert "'stored.weight' in model.safetensors" in caught.value.what
 
 
 def test_a_layer_that_no_token_activates_is_rounded_by_its_weights_and_said_to_be(toy, tmp_path):
