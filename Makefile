@@ -13,7 +13,8 @@ VENV := .venv
 STAMP := $(VENV)/.complete
 BIN := $(VENV)/bin
 PYTHON ?=
-WORKERS ?= auto
+# The cores this process may use; what pytest calls `auto` counts fewer where cores are threads of others.
+WORKERS ?= $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 PYTEST_ARGS ?=
 # A file's tests stay in one process: they share what its fixtures compiled.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)

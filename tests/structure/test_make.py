@@ -31,6 +31,15 @@ def test_test_leaves_out_the_slow_ones(repository):
     assert '-m "not slow"' in command
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="counts the cores that Linux allows")
+def test_one_process_runs_tests_on_each_core(repository, monkeypatch):
+    """However few threads libraries are told to use."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("WORKERS", raising=False)
+    (command,) = dry_run(repository, "test")
+    assert f"-n {len(os.sched_getaffinity(0))} " in command
+
+
 def test_test_full_alone_runs_everything(repository):
     (command,) = dry_run(repository, "test-full")
     assert "-m" not in command.split()

@@ -171,7 +171,6 @@ def test_every_weight_and_logit_comes_back(made, case, kind, forms):
 def test_others_load_it_and_compute_the_same(made, case):
     """Zero points are read where weights are dequantised as they are loaded: left as codes, transformers 5.23
     makes room for them as they are before packing."""
-    pytest.importorskip("compressed_tensors")
     done = made(case)
     options, bound = {}, 0.03 if "inputs" in next(iter(done.report["forms"])) else 1e-4
     if case == "asymmetric":  # dequantised to the dtype of the scales, float16
