@@ -58,10 +58,12 @@ def round_calibrated(
     *,
     symmetric: bool = True,
     rounds: int = 2,
+    lift: float = 0.0,
     epochs: int = 2,
     work: float = 4.0,
 ) -> tuple[Pass, ...]:
-    """The same by what calibration tokens bring to each layer, then, where `work` allows, by the logits."""
+    """The same by what calibration tokens bring to each layer, then, where `work` allows, by the logits, with
+    `lift` more bytes where they help most."""
     return (
         # outliers of inputs are moved out of the way where there are any
         Awq(bits=bits, group_size=group_size, symmetric=symmetric),
@@ -70,6 +72,7 @@ def round_calibrated(
             group_size=group_size,
             symmetric=symmetric,
             rounds=rounds,
+            lift=lift,
             epochs=epochs,
             work=work,
             expect=1,

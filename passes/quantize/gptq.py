@@ -7,14 +7,16 @@ y = llmc.linear(x, w, None)           →    s = weight a.weight.scales
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ...ir.program import Program
+from ...spec.quant import QuantScheme
 from ..base import CANONICAL, QUANTIZED, Contract, Lossy, PassContext, PassResult, Stage, option
+from .lifted import Lift, lift_choices
 from .rounding import Method, Tuning
 from .selection import WeightOptions
-from .solving import run_solver
+from .solving import run_choices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +46,17 @@ class Gptq(WeightOptions):
         0, "Times that all tokens are gone through to learn codes and scales from the logits.", low=0, high=50
     )
 
+    lift: float = option(
+        0.0,
+        "Part of the model's bytes that 8 bits for the linears which change the output most may add.",
+        low=0,
+        high=1,
+    )
+
     work: float = option(
         20.0,
-        "Most multiply-adds that learning may take, in million millions; larger models get fewer epochs.",
+        "Most multiply-adds that learning, or finding what to lift, may take, in million millions; larger "
+        "models get fewer epochs, and nothing lifted.",
         low=0,
         high=1e6,
     )
@@ -57,7 +67,8 @@ class Gptq(WeightOptions):
         return Tuning(epochs=self.epochs, work=self.work) if self.epochs else None
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        """One match per weight; a decision for each says its scheme, or why it is kept."""
+        """One match per weight; a decision for each says its scheme, or why it is kept, and with `lift` one
+        what 8 bits were spent on."""
         method = Method(
             search=self.search,
             propagate=True,
@@ -65,4 +76,11 @@ class Gptq(WeightOptions):
             catch_up=self.catch_up,
             tuning=self.tuning,
         )
-        return run_solver(self, program, context, method, data=True)
+        choices = self.choices(program.copy_graph(), program)
+        if not self.lift:
+            return run_choices(self.name, choices, program, context, method, data=True)
+        scheme = QuantScheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        lifted = lift_choices(self.name, program, choices, scheme, Lift(self.lift, self.work), context)
+        done = run_choices(self.name, lifted.choices, program, context, method, data=True)
+        report = replace(done.report, decisions=(lifted.decision, *done.report.decisions))
+        return PassResult(program=done.program, report=report)
