@@ -1,7 +1,7 @@
 """Decode and prefill in ONNX Runtime GenAI, models in turn, and their sizes.
 
 usage: speed.py --model HF_FOLDER --builder-python PYTHON --folder FOLDER [--prompt N ...] [--tokens N]
-                [--loads N] [--rounds N] [--threads N]
+                [--loads N] [--rounds N] [--threads N] [--huge-pages]
 
 Each model has a process of its own: of several in one process the first one loaded was slower by a seventh,
 whichever it was. `--loads` starts them anew, since a load also decides where in memory weights lie.
@@ -10,7 +10,8 @@ Makes what is missing in FOLDER: the model by llmc (recipe bench/onnx/int4.yaml)
 onnxruntime-genai, run by PYTHON, at the same settings: everything in 4 bits with a scale for 32, inputs of
 products rounded to 8 bits; once as the builder does it, once with its option `prune_lm_head`. A ratio is the
 other's median time by that of llmc, of one load of both: above 1 llmc is faster. Of the loads' ratios the
-median is told, with its interval.
+median is told, with its interval. With --huge-pages every process asks for pages of 2 MB (by glibc's setting
+for allocations), which some systems give without being asked.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import statistics
@@ -174,12 +176,15 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs="+", default=[32, 512])
     for name, default in (("threads", 2), ("tokens", 33), ("rounds", 1), ("loads", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--huge-pages", action="store_true")
     arguments = parser.parse_args()
+    if arguments.huge_pages:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     folders = {name: arguments.folder / name for name in NAMES}
     for name, folder in folders.items():
         if not folder.exists():
             make(name, arguments.model, arguments.builder_python, folder)
-    record = Record("onnx_speed")
+    record = Record("onnx_speed_huge_pages" if arguments.huge_pages else "onnx_speed")
     loads: dict[int, list[Any]] = {prompt: [] for prompt in arguments.prompt}
     for _ in range(arguments.loads):
         with players(folders, arguments.threads, arguments.folder) as pipes:

@@ -91,6 +91,9 @@ class Emitter:
 
     def _taken(self, value: ir.Value, dims: Sequence[Any]) -> ir.Value:
         graph, frame = self.graph, self.frame
+        base = graph.base(value)
+        if frame.logits == "last" and self.batched.get(base) == tuple(dims):
+            return self.joined(frame.last_token(graph, base), dims)
         rows = frame.input(graph, "out_rows")
         if frame.logits != "last" or not all(isinstance(dim, int) for dim in dims):
             return graph.op("Gather", value, rows, axis=0)

@@ -143,10 +143,13 @@ class Frame:
         return self.made(graph, "N", lambda: graph.op("Shape", self._made["mask"], start=1, end=2))
 
     def known(self, graph: OnnxGraph) -> ir.Value:
-        """How many tokens of each row are known, `[B, 1]`."""
+        """How many tokens of each row are known, `[B]`."""
         return self.made(
-            graph, "known", lambda: graph.op("ReduceSum", self._made["mask"], graph.ints(1), keepdims=1)
+            graph, "known", lambda: graph.op("ReduceSum", self._made["mask"], graph.ints(1), keepdims=0)
         )
+
+    def _last_known(self, graph: OnnxGraph) -> ir.Value:
+        return self.made(graph, "last_known", lambda: graph.op("Sub", self.known(graph), graph.ints(1)))
 
     def row_positions(self, graph: OnnxGraph) -> ir.Value:
         """The position of every new token, `[B, S]`."""
@@ -157,6 +160,7 @@ class Frame:
             start = graph.op("Sub", self.total(graph), self.length(graph))
             return graph.op("Slice", self.key_positions(graph), start, self.total(graph), graph.ints(1))
         past = graph.op("Max", graph.op("Sub", self.known(graph), self.length(graph)), graph.ints(0))
+        past = graph.op("Unsqueeze", past, graph.ints(1))
         return graph.op("Add", past, self._count(graph, self.length(graph)))
 
     def key_positions(self, graph: OnnxGraph) -> ir.Value:
@@ -185,22 +189,26 @@ class Frame:
         if self.logits == "all":
             return self._count(graph, graph.op("Shape", self.input(graph, "input_ids")))
         starts = graph.op("Mul", self._count(graph, self.batch(graph)), self.length(graph))
-        if not self.contrib:
-            return graph.op("Add", starts, graph.op("Sub", self.length(graph), graph.ints(1)))
-        known = graph.op("Squeeze", self.known(graph), graph.ints(1))
-        new = graph.op("Min", known, self.length(graph))
-        return graph.op("Add", starts, graph.op("Sub", new, graph.ints(1)))
+        return graph.op("Add", starts, self._last_columns(graph))
+
+    def _last_columns(self, graph: OnnxGraph) -> ir.Value:
+        """The column of the last new token of each row: `[B]`, or `[1]` where it is the same in all."""
+        last = graph.op("Sub", self.length(graph), graph.ints(1))
+        return graph.op("Min", self._last_known(graph), last) if self.contrib else last
+
+    def last_token(self, graph: OnnxGraph, value: ir.Value) -> ir.Value:
+        """Of `value[B, S, ...]` the last new token of each row: `[B, 1, ...]`. With contrib operators."""
+
+        def make() -> ir.Value:
+            return graph.op("Unsqueeze", self._last_columns(graph), graph.ints(1, 2))
+
+        return graph.op("GatherND", value, self.made(graph, "last_token", make), batch_dims=1)
 
     # What the attention operators take
 
     def last_key(self, graph: OnnxGraph) -> ir.Value:
         """Tokens known of each row less one, `int32[B]`: `seqlens_k` of GroupQueryAttention."""
-
-        def make() -> ir.Value:
-            flat = graph.op("Squeeze", self.known(graph), graph.ints(1))
-            return graph.cast(graph.op("Sub", flat, graph.ints(1)), INT32)
-
-        return self.made(graph, "last_key", make)
+        return self.made(graph, "last_key", lambda: graph.cast(self._last_known(graph), INT32))
 
     def total_scalar(self, graph: OnnxGraph) -> ir.Value:
         """N as an int32 scalar."""

@@ -33,9 +33,26 @@ def _width(node: fx.Node) -> int:
 def _rms_norm(emitter: Emitter, node: fx.Node) -> ir.Value:
     weight, eps, offset = node.args[1:4]
     gamma = _gamma(emitter, weight, float(offset), _width(node))  # pyright: ignore[reportArgumentType]
+    if addends := _wanted_sum(emitter, node):
+        return emitter.by_rows(
+            node,
+            addends,
+            lambda pair: _skip(emitter, "SkipSimplifiedLayerNormalization", (*pair, gamma), eps)[0],
+        )
     return emitter.by_rows(
         node, node.args[:1], lambda x: emitter.graph.op("RMSNormalization", *x, gamma, axis=-1, epsilon=eps)
     )
+
+
+def _wanted_sum(emitter: Emitter, node: fx.Node) -> tuple[fx.Node, ...]:
+    """The two values whose sum, at the wanted rows, `node` alone reads: the end of the last layer, where a
+    program has the choice of rows between the sum and its norm. Empty where there are none."""
+    rows: Any = node.args[0]
+    total: Any = rows.args[0] if str(rows.target) == "llmc.gather_rows.default" else None
+    if not emitter.contrib or total not in emitter.narrow or len(rows.users) + len(total.users) > 2:
+        return ()
+    is_sum = str(total.target) == "aten.add.Tensor" and len(total.args) == 2 and not total.kwargs
+    return tuple(total.args) if is_sum and all(each in emitter.narrow for each in total.args) else ()
 
 
 def _add_rms_norm(emitter: Emitter, node: fx.Node) -> tuple[ir.Value, ir.Value]:
