@@ -58,12 +58,12 @@ def round_calibrated(
     *,
     symmetric: bool = True,
     rounds: int = 2,
-    lift: float = 0.0,
+    growth: float = 0.0,
     epochs: int = 2,
     work: float = 4.0,
 ) -> tuple[Pass, ...]:
     """The same by what calibration tokens bring to each layer, then, where `work` allows, by the logits, with
-    `lift` more bytes where they help most."""
+    `growth` more bytes where they help most."""
     return (
         # outliers of inputs are moved out of the way where there are any
         Awq(bits=bits, group_size=group_size, symmetric=symmetric),
@@ -72,7 +72,7 @@ def round_calibrated(
             group_size=group_size,
             symmetric=symmetric,
             rounds=rounds,
-            lift=lift,
+            growth=growth,
             epochs=epochs,
             work=work,
             expect=1,

@@ -50,7 +50,7 @@ def int8() -> tuple[Pass, ...]:
 def int4() -> tuple[Pass, ...]:
     """4-bit weights in groups of 32 by GPTQ on searched scales, head and embedding at 8 bits; of small models
     also the linears that change the output most, for at most 3 % more bytes."""
-    return _with(round_calibrated(4, 32, lift=0.03))
+    return _with(round_calibrated(4, 32, growth=0.03))
 
 
 def int4_fast() -> tuple[Pass, ...]:

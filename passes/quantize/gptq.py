@@ -46,7 +46,7 @@ class Gptq(WeightOptions):
         0, "Times that all tokens are gone through to learn codes and scales from the logits.", low=0, high=50
     )
 
-    lift: float = option(
+    growth: float = option(
         0.0,
         "Part of the model's bytes that 8 bits for the linears which change the output most may add.",
         low=0,
@@ -55,8 +55,8 @@ class Gptq(WeightOptions):
 
     work: float = option(
         20.0,
-        "Most multiply-adds that learning, or finding what to lift, may take, in million millions; larger "
-        "models get fewer epochs, and nothing lifted.",
+        "Most multiply-adds that learning, or finding what deserves 8 bits, may take, in million millions; "
+        "larger models get fewer epochs, and no growth.",
         low=0,
         high=1e6,
     )
@@ -67,7 +67,7 @@ class Gptq(WeightOptions):
         return Tuning(epochs=self.epochs, work=self.work) if self.epochs else None
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        """One match per weight; a decision for each says its scheme, or why it is kept, and with `lift` one
+        """One match per weight; a decision for each says its scheme, or why it is kept, and with `growth` one
         what 8 bits were spent on."""
         method = Method(
             search=self.search,
@@ -77,10 +77,10 @@ class Gptq(WeightOptions):
             tuning=self.tuning,
         )
         choices = self.choices(program.copy_graph(), program)
-        if not self.lift:
+        if not self.growth:
             return run_choices(self.name, choices, program, context, method, data=True)
         scheme = QuantScheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
-        lifted = lift_choices(self.name, program, choices, scheme, Lift(self.lift, self.work), context)
+        lifted = lift_choices(self.name, program, choices, scheme, Lift(self.growth, self.work), context)
         done = run_choices(self.name, lifted.choices, program, context, method, data=True)
         report = replace(done.report, decisions=(lifted.decision, *done.report.decisions))
         return PassResult(program=done.program, report=report)

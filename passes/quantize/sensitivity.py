@@ -77,7 +77,8 @@ class Sensitivity:
 
     def _first(self, name: str) -> int:
         users = set(weight_nodes(self._program.graph)[name].users)
-        return next(segment.index for segment in self._segments if not users.isdisjoint(segment.nodes))
+        own = (segment.index for segment in self._segments if not users.isdisjoint(segment.nodes))
+        return next(own, 0)  # tables of positions are computed where they are read
 
     def _run(self, first: int, weights: Mapping[str, Tensor], live: list[dict[fx.Node, Any]]) -> Tensor:
         """The logits, from segment `first` on; what each segment starts with is added to `live`."""

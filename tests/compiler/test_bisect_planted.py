@@ -159,8 +159,9 @@ def test_a_planted_bug_is_named(traced, monkeypatch, name, spoil):
 
 
 def spoil_solver(monkeypatch, change):
-    """Let the solver of calibrated linears give the second weight of layer 1 other scales, by `change`."""
-    sound, spoilt = solve.solve_linears, "model.layers.1.self_attn.o_proj.weight"
+    """Let the solver of calibrated linears give the last weight of layer 1, which keeps to 4 bits in groups,
+    other scales, by `change`."""
+    sound, spoilt = solve.solve_linears, "model.layers.1.mlp.down_proj.weight"
 
     def solve_linears(*arguments):
         results = sound(*arguments)

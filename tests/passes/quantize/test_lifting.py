@@ -44,7 +44,7 @@ def growth(program, plain):
 @pytest.mark.parametrize("options", [{}, {"group_size": 128}, {"symmetric": False}], ids=str)
 def test_the_report_says_what_was_lifted_and_the_bytes_stay_within_the_share(toy, tmp_path, options):
     program = toy(bias=True, **SHAPE)
-    plain, done = quantize(program, tmp_path, **options), quantize(program, tmp_path, lift=0.1, **options)
+    plain, done = quantize(program, tmp_path, **options), quantize(program, tmp_path, growth=0.1, **options)
     before, after = schemes(plain), schemes(done)
     changed = {name for name in after if before[name].startswith("int4") and after[name] != before[name]}
     assert changed
@@ -69,7 +69,7 @@ def test_no_other_choice_within_the_share_changes_less(toy, tmp_path, monkeypatc
         return losses
 
     monkeypatch.setattr(lifted, "measure_influence", drawn)
-    plain, done = quantize(program, tmp_path), quantize(program, tmp_path, lift=0.12)
+    plain, done = quantize(program, tmp_path), quantize(program, tmp_path, growth=0.12)
     count = sum(math.prod(program.weights[name].shape) for name in program.used_weights())
     stored = round(bits_per_weight(plain) * count / 8)
     extra = [[form.num_bytes - unit.forms[0].num_bytes for form in unit.forms] for unit, _ in seen]
@@ -90,7 +90,7 @@ def test_no_other_choice_within_the_share_changes_less(toy, tmp_path, monkeypatc
 
 def test_a_model_on_which_measuring_takes_too_much_is_left_as_it_is(toy, tmp_path):
     program = toy(**SHAPE)
-    plain, done = quantize(program, tmp_path), quantize(program, tmp_path, lift=0.1, work=1e-6)
+    plain, done = quantize(program, tmp_path), quantize(program, tmp_path, growth=0.1, work=1e-6)
     assert schemes(done) == schemes(plain)
     first = done.history[-1].decisions[0]
     assert (first.subject, first.choice) == ("lift", "none")
@@ -105,12 +105,12 @@ def test_what_is_planned_has_about_the_size_and_looks_at_no_weight(toy):
     }
     program = program.replace(weights=program.weights.with_entries(unbound))
     plain, done = (
-        run_passes(program, (Gptq(lift=share),), PassContext(planning=True)) for share in (0.0, 0.1)
+        run_passes(program, (Gptq(growth=share),), PassContext(planning=True)) for share in (0.0, 0.1)
     )
     assert 0.05 < growth(done, plain) <= 0.1 + 1e-9
 
 
 def test_lifting_without_tokens_is_refused(toy):
     with pytest.raises(RecipeError) as caught:
-        run_passes(toy(**SHAPE), (Gptq(lift=0.1),), PassContext())
+        run_passes(toy(**SHAPE), (Gptq(growth=0.1),), PassContext())
     assert caught.value.code == "recipe.no_calibration"

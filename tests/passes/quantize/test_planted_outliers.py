@@ -74,7 +74,7 @@ def losses(program, sequences, exact):
 @pytest.mark.parametrize(
     ("nearest", "preset"),
     [
-        ((Rtn(bits=4, group_size=32),), round_calibrated(4, 32, lift=0.03)),
+        ((Rtn(bits=4, group_size=32),), round_calibrated(4, 32, growth=0.03)),
         ((Rtn(bits=8, group_size=0), RoundInputs(scheme="int8_token")), round_both_to_int8()),
     ],
     ids=["int4", "w8a8"],
