@@ -15,7 +15,7 @@ _HOOKS = "__nncf_hooks.post_hooks."
 def quantise(work: Work, model: Any) -> Quantised:
     """Dequantised weights of every linear but the head, and the model that holds the rest."""
     if work.bits != 4:
-        raise ValueError(f"NNCF has no {work.bits}-bit integers")
+        raise ValueError(f"NNCF has no {work.bits}-bit codes for torch")
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in work.tokens]
     model.config.use_cache = False
     done = nncf.compress_weights(
