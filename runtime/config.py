@@ -23,8 +23,9 @@ class RuntimeConfig:
     executor's draft model. `draft` is the path of an artifact that drafts: it makes `speculation` draft.
     `num_threads` is for the executor, 0 means one per core. `response_cache_bytes` are for finished responses
     of greedy and seeded requests, which the same request gets again without being computed; 0 keeps none.
-    `device_graphs` replays recorded steps on a GPU; otherwise their kernels are launched one by one. With
-    `device_overlap` a kernel may begin there before the one ahead of it has ended, from sm_90 on.
+    `device_graphs` replays recorded steps of few tokens on a GPU; otherwise, and for others, kernels are
+    launched one by one. With `device_overlap` a kernel may begin there before the one ahead of it has ended,
+    from sm_90 on.
     A form of structured output that takes longer than `grammar_timeout_s` to compile is refused.
 
     `order` ranks the waiting requests of one key. With `fairness` the key that was served least comes first:

@@ -43,13 +43,18 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturePlan:
-    """Batch sizes for which a graph target records one replayable step, fewest first.
+    """Numbers of rows, a row being a token of a sequence, for which a graph target records one replayable
+    step, fewest first.
 
-    Those of `at_load` are recorded when the artifact is loaded, in about `seconds`, others when they are
-    first wanted. A step enqueues about `num_launches` kernels.
+    Those of `at_load` are recorded when the artifact is loaded, in about `seconds` and while less than
+    `load_seconds` have passed, others when they are first wanted. A step enqueues about `num_launches`
+    kernels. In a recorded step each token attends by itself; where tokens of one sequence would read more
+    than `keys_read_again` cached tokens again for that, launching the step is faster.
     """
 
     decode_rows: tuple[int, ...]
     at_load: tuple[int, ...] = ()
     num_launches: int = 0
     seconds: float = 0.0
+    load_seconds: float = 1.0
+    keys_read_again: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,14 +15,16 @@ from device import CompiledOnDemand
 import models
 from llmc.codegen.cuda.dry_walk import needs_of
 from llmc.runtime.config import RuntimeConfig
+from llmc.runtime.draft_policy import DraftPolicy
 from llmc.runtime.engine import Engine
-from llmc.runtime.executors.cuda import Machine, executor_around
+from llmc.runtime.executors.cuda import Machine, executor_around, step_plans
 from llmc.runtime.executors.cuda_device import Device
 from llmc.runtime.executors.cuda_executor import CudaExecutor
 from llmc.runtime.executors.cuda_model import CudaModel
 from llmc.runtime.executors.stepped import SteppedExecutor
 from llmc.runtime.protocol import ExecutorCaps, RowDiff, SamplingState
-from llmc.runtime.request import FinishReason, Request
+from llmc.runtime.request import FinishReason, Request, RunningRequest
+from llmc.runtime.speculation import Speculator
 from llmc.spec.history import is_invariant
 
 SAMPLINGS = (
@@ -34,6 +37,7 @@ SAMPLINGS = (
 # Tokens that ways of running a step are compared over; (batch, tokens) that are timed; an engine's settings.
 TOKENS = 24
 RATES = ((1, 200), (64, 100))
+SHORT = 96  # tokens of a short prompt
 CONFIG = {"max_requests": 64, "max_step_tokens": 2048, "max_model_len": 2048}
 
 
@@ -89,17 +93,44 @@ class Served:
                 cache=layout,
                 num_blocks=tuple(pages),
             )
-            smaller = [plan for plan in self._arenas if plan.rows < config.max_requests]
-            plans = self._arenas[: len(smaller) + 1] if graphs else ()
+            plans = step_plans(self._arenas, config, machine.free_bytes) if graphs else ()
             length = config.max_model_len or self.program.spec.max_context
-            return executor_around(model, caps, config, machine, length, plans, self.program.capture.at_load)
+            return executor_around(model, caps, config, machine, length, plans, self.program.capture)
+
+
+class KnownDrafts:
+    """Drafts what `answers` say by request; where `errs`, of a text of even length the second is wrong."""
+
+    is_free = True
+
+    def __init__(self, answers: dict[int, list[int]], *, errs: bool) -> None:
+        self._answers, self._errs = answers, errs
+
+    def propose(self, requests: Sequence[RunningRequest], k: int) -> dict[RunningRequest, tuple[int, ...]]:
+        drafts: dict[RunningRequest, tuple[int, ...]] = {}
+        for request in requests:
+            done = len(request.token_ids) - len(request.request.prompt_token_ids)
+            draft = self._answers[request.request.request_id][done : done + k]
+            if self._errs and len(request.token_ids) % 2 == 0 and len(draft) > 1:
+                draft[1] ^= 1
+            drafts[request] = tuple(draft)
+        return drafts
+
+    def forget(self, request_id: int) -> None:
+        """Nothing is remembered."""
 
 
 def generated(
-    executor, config: RuntimeConfig, prompts, samplings, count: int | list[int]
+    executor,
+    config: RuntimeConfig,
+    prompts,
+    samplings,
+    count: int | list[int],
+    drafts: KnownDrafts | None = None,
 ) -> tuple[dict, list[float]]:
     """Tokens by request, `count` of each or by request, and the seconds between ends of steps."""
-    engine = Engine(executor, config)
+    speculator = None if drafts is None else Speculator(drafts, DraftPolicy(config.draft_tokens))
+    engine = Engine(executor, config, speculator=speculator)
     counts = [count] * len(prompts) if isinstance(count, int) else count
     for number, (prompt, sampling, most) in enumerate(zip(prompts, samplings, counts, strict=True)):
         request = Request(
@@ -119,25 +150,34 @@ def generated(
 
 
 def same_tokens(shape: str, scheme: str, machine: Machine) -> dict:
-    """Replayed, launched and oracle-sampled steps, in a batch and alone: which of them give the same
-    tokens."""
+    """Replayed, launched and oracle-sampled steps, in a batch and alone, with drafts, and with kernels that
+    begin early: which of them give the same tokens."""
     config = RuntimeConfig(
         max_requests=4, max_step_tokens=64, max_model_len=128, prefix_cache=False, draft_tokens=4
     )
-    served, count = Served(shape, scheme, machine, config, pages=16), TOKENS
+    drafting = replace(config, speculation="ngram")  # as many tokens a step as drafts make
+    served, count = Served(shape, scheme, machine, drafting, pages=16), TOKENS
     prompts = [(3, 5, 7, 9, 11), (2, 4), (1, 8, 6)]
     tokens: dict[str, object] = {}
     with_graphs = served.executor(graphs=True)
-    tokens["replayed"], _ = generated(with_graphs, config, prompts, SAMPLINGS, count)
+    first, _ = generated(with_graphs, config, prompts, SAMPLINGS, count)
+    tokens["replayed"], drafts = first, KnownDrafts(first, errs=True)
+    tokens["verified"], _ = generated(with_graphs, config, prompts, SAMPLINGS, count, drafts)
     alone: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         found, _ = generated(with_graphs, config, [prompt], SAMPLINGS[index : index + 1], count)
         alone[index] = found[0]
     tokens["alone"] = alone
-    replayed = with_graphs.num_replayed
+    steps = {"replayed_steps": with_graphs.num_replayed, "launched_steps": with_graphs.num_launched}
     with_graphs.close()
+    machine.launcher.overlaps = True
+    early = served.executor(graphs=True)
+    tokens["early"], _ = generated(early, config, prompts, SAMPLINGS, count)
+    early.close()
+    machine.launcher.overlaps = False
     launching = served.executor(graphs=False)
     tokens["launched"], _ = generated(launching, config, prompts, SAMPLINGS, count)
+    tokens["verified, launched"], _ = generated(launching, config, prompts, SAMPLINGS, count, drafts)
     caps = replace(launching.caps, max_in_flight=1)
     stepped = SteppedExecutor(launching.model, caps)
     tokens["oracle sampled"], _ = generated(stepped, config, prompts, SAMPLINGS, count)
@@ -145,7 +185,7 @@ def same_tokens(shape: str, scheme: str, machine: Machine) -> dict:
     same = {name: found == tokens["replayed"] for name, found in tokens.items()}
     if not all(same.values()):
         raise AssertionError(f"tokens differ: {tokens}")
-    return {"same": same, "replayed_steps": replayed, "tokens": count}
+    return {"same": same, "tokens": count, **steps}
 
 
 def engine_rates(shape: str, scheme: str, machine: Machine) -> dict:
@@ -172,5 +212,28 @@ def engine_rates(shape: str, scheme: str, machine: Machine) -> dict:
             "tok_s": batch / statistics.median(steady),
             "cpu_share": cpu / sum(seconds),
         }
+    found |= _verification(executor, config)
+    found["first token of a short prompt, ms"] = {"replayed": _first_token_ms(executor, config)}
     executor.close()
+    launching = served.executor(graphs=False)
+    found["first token of a short prompt, ms"]["launched"] = _first_token_ms(launching, config)
+    launching.close()
     return found
+
+
+def _verification(executor: CudaExecutor, config: RuntimeConfig) -> dict:
+    """Milliseconds of a step of one request whose drafts are all accepted, and tokens a second."""
+    prompts, sampling, count = [(1, 2, 3, 4)], SAMPLINGS[:1], RATES[0][1]
+    answers, _ = generated(executor, config, prompts, sampling, count)
+    drafts = KnownDrafts(answers, errs=False)
+    generated(executor, config, prompts, sampling, count, drafts)
+    _, seconds = generated(executor, config, prompts, sampling, count, drafts)
+    step = {"ms_step": statistics.median(seconds[1:] or seconds) * 1e3, "tok_s": count / sum(seconds)}
+    return {f"verify b1 with {config.draft_tokens} drafts": step}
+
+
+def _first_token_ms(executor: CudaExecutor, config: RuntimeConfig) -> float:
+    """Milliseconds to the first token of a prompt that a recorded step holds."""
+    prompt = [1 + index % 50 for index in range(SHORT)]
+    times = [generated(executor, config, [prompt], SAMPLINGS[:1], 1)[1] for _ in range(4)]
+    return min(sum(seconds) for seconds in times) * 1e3

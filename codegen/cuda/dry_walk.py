@@ -104,7 +104,8 @@ def _open(recorder: Recorder, page_tokens: int) -> None:
         tables = make_tables(_fake, 1, 32, (1,))
         column = _fake((1,), "int64")
         groups = [(_fake((1, 1), "int64"), column, page_tokens)]
-        sampler.open_decode(_fake((1,), "int32"), tables, column, column, groups)
+        given = (_fake((1,), "int32"), _fake((1,), "int32"), _fake((1,), "int32"))
+        sampler.open_step(given, tables, column, column, groups)
         sampler.change_pages(_fake((1, 3), "int32"), tables.tables[0])
         sampler.fill_ids(column, _fake((1,), "int32"), tables.state)
 

@@ -82,7 +82,7 @@ class CudaProducts:
 
     launch: Launcher
     empty: Empty = _new_empty
-    arrived: Any = None
+    arrived: Any = field(default=None, repr=False)
     variants: Mapping[str, Variant] = field(default_factory=dict[str, Variant])
     invariant: bool = True
 

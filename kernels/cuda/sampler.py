@@ -112,17 +112,25 @@ class DeviceSampler:
         values = {"ids_ptr": ids, "row_of_ptr": row_of, "state_ptr": state}
         self.launch(launch_of("step.fill_ids", (ids.shape[0],), values, {}, warps=1))
 
-    def open_decode(
-        self, rows: Any, tables: RowTables, ids: Any, positions: Any, groups: list[tuple[Any, Any, int]]
+    def open_step(
+        self,
+        given: tuple[Any, Any, Any],
+        tables: RowTables,
+        ids: Any,
+        positions: Any,
+        groups: list[tuple[Any, Any, int]],
     ) -> None:
-        """Inputs of a step with one token of each row of `rows[S]`: ids and positions int64 `[S]`, and of
-        each cache group its block table int64 `[S, pages]`, its slots int64 `[S]`, and its tokens a page."""
+        """Inputs of a step whose `given` are int32 `[T]`: row, token and position of each token, as
+        `step.open_step` has them. Ids and positions are int64 `[T]`; of each cache group its block table
+        int64 `[T, pages]`, its slots int64 `[T]`, and its tokens a page."""
+        rows, tokens, places = given
         grid = (rows.shape[0],)
-        values = {"rows_ptr": rows, "state_ptr": tables.state}
-        opened = values | {"ids_ptr": ids, "positions_ptr": positions}
-        self.launch(launch_of("step.open_decode", grid, opened, {}, warps=1))
+        state = {"state_ptr": tables.state}
+        opened = {"rows_ptr": rows, "tokens_ptr": tokens, "places_ptr": places} | state
+        opened |= {"ids_ptr": ids, "positions_ptr": positions}
+        self.launch(launch_of("step.open_step", grid, opened, {}, warps=1))
         for held, (table, slots, page) in zip(tables.tables, groups, strict=True):
-            placed = values | {"tables_ptr": held, "positions_ptr": positions}
+            placed = {"rows_ptr": rows} | state | {"tables_ptr": held, "positions_ptr": positions}
             placed |= {"table_ptr": table, "slots_ptr": slots, "pages": table.shape[1]}
             constants = {"PAGE": page, "BLOCK": _PAGES_AT_ONCE}
             self.launch(launch_of("step.open_pages", grid, placed, constants, warps=2))

@@ -29,16 +29,17 @@ def fill_ids(ids_ptr, row_of_ptr, state_ptr):
 
 
 @triton.jit
-def open_decode(rows_ptr, state_ptr, ids_ptr, positions_ptr):
-    """Input ids and positions `[S]` of a step with the last known token of each row of `rows[S]`; a negative
-    row stands for nobody, who has token 0 at position 0. Grid (S,)."""
-    sequence = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows_ptr + sequence).to(tl.int64)
-    record = state_ptr + tl.maximum(row, 0) * _WORDS
-    last = tl.maximum(tl.load(record + _LAST_TOKEN), 0)
-    position = tl.maximum(tl.load(record + _LENGTH) - 1, 0)
-    tl.store(ids_ptr + sequence, tl.where(row >= 0, last, 0))
-    tl.store(positions_ptr + sequence, tl.where(row >= 0, position, 0))
+def open_step(rows_ptr, tokens_ptr, places_ptr, state_ptr, ids_ptr, positions_ptr):
+    """Input ids and positions `[T]` of a step: token t is `tokens[t]` (negative: the last one that is known)
+    of row `rows[t]`, at position `places[t]`; a negative row is nobody's, who has token 0 at position 0. Grid
+    (T,)."""
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + token).to(tl.int64)
+    last = tl.maximum(tl.load(state_ptr + tl.maximum(row, 0) * _WORDS + _LAST_TOKEN), 0)
+    given = tl.load(tokens_ptr + token).to(tl.int64)
+    place = tl.load(places_ptr + token).to(tl.int64)
+    tl.store(ids_ptr + token, tl.where(row >= 0, tl.where(given >= 0, given, last), 0))
+    tl.store(positions_ptr + token, tl.where(row >= 0, place, 0))
 
 
 @triton.jit
@@ -53,25 +54,25 @@ def open_pages(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Block tables `[S, pages]` and slots `[S]` of one cache group behind `open_decode`, from the permanent
-    `tables[rows, pages]`. Grid (S,).
+    """Block tables `[T, pages]` and slots `[T]` of one cache group behind `open_step`, from the permanent
+    `tables[rows, pages]`: each token attends as a sequence of its own. Grid (T,).
 
     A row whose last sample failed writes nothing, nor does nobody.
     """
-    sequence = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows_ptr + sequence).to(tl.int64)
-    position = tl.load(positions_ptr + sequence)
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + token).to(tl.int64)
+    position = tl.load(positions_ptr + token)
     held = tables_ptr + tl.maximum(row, 0) * pages
     last_page = position // PAGE
     for start in tl.range(0, last_page + 1, BLOCK):  # pyright: ignore[reportGeneralTypeIssues]
         index = start + tl.arange(0, BLOCK)
         page = tl.load(held + index, mask=index <= last_page, other=-1)
         page = tl.where(row >= 0, page, -1)
-        tl.store(table_ptr + sequence * pages + index, page, mask=index <= last_page)
+        tl.store(table_ptr + token * pages + index, page, mask=index <= last_page)
     page = tl.load(held + last_page)
     failed = tl.load(state_ptr + tl.maximum(row, 0) * _WORDS + _HAS_FAILED) != 0
     writes = (row >= 0) & (page >= 0) & (failed == 0)
-    tl.store(slots_ptr + sequence, tl.where(writes, page * PAGE + position % PAGE, -1))
+    tl.store(slots_ptr + token, tl.where(writes, page * PAGE + position % PAGE, -1))
 
 
 @triton.jit
@@ -103,13 +104,15 @@ def settle(
 ):
     """The samples of each segment up to the first that differs from its draft, and the rows that they change.
 
-    Grid (segments,). Segment i has logit rows `first[i]` … `first[i] + count[i] - 1`, and `drafts[r]` is the
-    draft behind logit row r (-1 behind the last). `results[i]` of `width` words is the number of samples and
-    the samples, or -1 where a row that was reached cannot be sampled, now or in an earlier step.
+    Grid (segments,). Segment i has logit rows `first[i]` … `first[i] + count[i] - 1`, none where it is
+    nobody's, and `drafts[r]` is the draft behind logit row r (-1 behind the last). `results[i]` of `width`
+    words is the number of samples and the samples, or -1 where a row that was reached cannot be sampled, now
+    or in an earlier step.
     """
     segment = tl.program_id(0).to(tl.int64)
     first = tl.load(first_ptr + segment).to(tl.int64)
-    row = tl.load(row_of_ptr + first).to(tl.int64)
+    count = tl.load(count_ptr + segment)
+    row = tl.where(count > 0, tl.load(row_of_ptr + first), -1).to(tl.int64)
     result, record = results_ptr + segment * width, state_ptr + row * _WORDS
     if row >= 0:
         failed = tl.load(record + _HAS_FAILED).to(tl.int32)
@@ -118,7 +121,7 @@ def settle(
         chunk = tl.arange(0, CHUNK_BLOCK)
         num_taken, last = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
         going = tl.full([], 1, tl.int32)
-        for index in tl.range(0, tl.load(count_ptr + segment)):
+        for index in tl.range(0, count):
             at = first + index
             found = best_of_row(best_ptr, place_ptr, at, CHUNKS, CHUNK_BLOCK)
             token = found[1]

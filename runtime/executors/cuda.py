@@ -1,5 +1,5 @@
-"""The CUDA executor: an artifact's compiled kernels on one GPU. Decode steps are replayed, others launched
-kernel by kernel; both sample on the device."""
+"""The CUDA executor: an artifact's compiled kernels on one GPU. Steps of few tokens are replayed, others
+launched kernel by kernel; both sample on the device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ...kernels.cuda.variants import Variant
 from ...spec.cache import CacheLayout
 from ...spec.errors import TargetError
 from ...spec.history import is_invariant
+from ...spec.plans import CapturePlan
 from ..config import RuntimeConfig
 from ..page_budget import CacheDemand, bytes_of, demand_of, num_pages
 from ..protocol import ExecutorCaps
-from .cuda_decode import DecodeGraphs, Recorder
 from .cuda_device import Device
 from .cuda_driver import CudaDriver
 from .cuda_executor import CudaExecutor
@@ -30,11 +30,14 @@ from .cuda_graphs import record
 from .cuda_kernels import CudaKernels
 from .cuda_model import CudaModel
 from .cuda_rows import DeviceRows
+from .cuda_steps import Recorder, StepGraphs
 
 _DEVICE = "cuda:0"
 # Of the device's memory beside weights, tables and arenas, what the cache takes at most: launched steps take
 # theirs from torch.
 _CACHE_SHARE = 0.85
+# Of the free memory, what recorded steps may take to replay more prompt tokens than requests.
+_PROMPT_SHARE = 1 / 32
 # Steps enqueued at a time: while one runs, the next is planned.
 _IN_FLIGHT = 2
 
@@ -84,7 +87,7 @@ def open_machine(artifact: Artifact, *, overlaps: bool = False) -> Machine:
         launcher=kernels,
         recorder=lambda work: record(driver, device.stream, work),
         free_bytes=free_bytes,
-        details={"device": torch.cuda.get_device_name(_DEVICE), "kernels": kernels.architecture},
+        details={"device": torch.cuda.get_device_name(_DEVICE), "kernels": kernels.origin},
     )
 
 
@@ -95,7 +98,8 @@ def make_executor(artifact: Artifact, config: RuntimeConfig, machine: Machine) -
     unit = decode_unit(artifact.read_bytes(CUDA_UNIT))
     stored = stored_program(artifact, unit)
     demand = demand_of(config, spec.max_context)
-    plans = _plans(unit, config, machine)
+    replays = machine.recorder is not None and config.device_graphs
+    plans = step_plans(unit.arenas, config, machine.free_bytes) if replays else ()
     lengths = tuple(group.pages_for(demand.max_model_len) for group in layout.groups)
     fixed = {
         "weights": stored.weights.total_bytes,
@@ -117,8 +121,8 @@ def make_executor(artifact: Artifact, config: RuntimeConfig, machine: Machine) -
         num_blocks=pages,
         details=machine.details,
     )
-    at_load = () if artifact.manifest.capture is None else artifact.manifest.capture.at_load
-    return executor_around(model, caps, config, machine, demand.max_model_len, plans, at_load)
+    capture = artifact.manifest.capture or CapturePlan(decode_rows=())
+    return executor_around(model, caps, config, machine, demand.max_model_len, plans, capture)
 
 
 def open_model(artifact: Artifact, machine: Machine, num_pages: Sequence[int], max_tokens: int) -> CudaModel:
@@ -134,9 +138,9 @@ def executor_around(
     machine: Machine,
     max_length: int,
     plans: tuple[ArenaPlan, ...],
-    at_load: tuple[int, ...],
+    capture: CapturePlan,
 ) -> CudaExecutor:
-    """Rows, space and graphs around a model; the graphs of `at_load` recorded."""
+    """Rows, space and graphs around a model; graphs are recorded as `capture` says, of `plans`."""
     device, sampler = machine.device, DeviceSampler(machine.launcher)
     rows = DeviceRows(
         device,
@@ -152,7 +156,7 @@ def executor_around(
     device.settle()
     graphs = None
     if plans and machine.recorder is not None:
-        graphs = DecodeGraphs(
+        graphs = StepGraphs(
             model,
             rows.tables,
             space,
@@ -161,21 +165,27 @@ def executor_around(
             launcher=machine.launcher,
             recorder=machine.recorder,
             plans=plans,
+            capture=capture,
         )
-        for bucket in graphs.buckets:
-            if bucket in at_load:
-                graphs.graph(bucket, filtered=False)
     return CudaExecutor(
         model, rows, caps, device, sampler=sampler, space=space, results=results, graphs=graphs
     )
 
 
-def _plans(unit: CudaUnit, config: RuntimeConfig, machine: Machine) -> tuple[ArenaPlan, ...]:
-    """The steps that may be recorded: up to the first that holds all requests."""
-    if machine.recorder is None or not config.device_graphs:
-        return ()
-    smaller = [plan for plan in unit.arenas if plan.rows < config.max_requests]
-    return unit.arenas[: len(smaller) + 1]
+def step_plans(arenas: Sequence[ArenaPlan], config: RuntimeConfig, free_bytes: int) -> tuple[ArenaPlan, ...]:
+    """Of the steps that may be recorded, fewest tokens first, those for an engine with such settings: up to
+    the first that holds a token and the drafts of every request, and beyond it, for prompts, as long as a
+    step may have so many tokens and little of the memory is taken."""
+    drafted = config.draft_tokens if config.speculation != "none" else 0
+    least = min(config.max_requests * (1 + drafted), config.max_step_tokens)
+    needed = sum(plan.rows < least for plan in arenas) + 1
+    most_bytes = free_bytes * _PROMPT_SHARE
+    more = (
+        plan
+        for plan in arenas[needed:]
+        if plan.rows <= config.max_step_tokens and plan.num_bytes <= most_bytes
+    )
+    return (*arenas[:needed], *more)
 
 
 def _pages(

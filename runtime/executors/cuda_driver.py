@@ -129,19 +129,22 @@ class CudaDriver:
         if found != list(sizes):
             raise _refused(name, f"its parameters have {found} bytes, and a launch passes {list(sizes)}")
 
-    def require(self, toolkit: str) -> None:
+    def require(self, toolkit: str, *, compiles: bool = False) -> None:
         """Raises TargetError where the driver is older than the toolkit (such as 12.8) whose assembler made
-        the kernels: any driver of its generation, or a newer one, runs them."""
+        the kernels: any driver of its generation, or a newer one, runs machine code. With `compiles` it makes
+        that from PTX, of which each version of CUDA has its own and knows those before."""
         version = ctypes.c_int()
         self.call("cuDriverGetVersion", ctypes.byref(version))
-        needed = int(toolkit.partition(".")[0])
-        if version.value // 1000 < needed:
+        supported = (version.value // 1000, version.value % 1000 // 10)
+        major, minor = (int(part) for part in toolkit.split(".")[:2])
+        needed = (major, minor if compiles else 0)
+        if supported < needed:
             raise TargetError(
                 "cuda.old_driver",
                 "The driver of this machine is too old for the artifact's kernels.",
-                f"It supports CUDA {version.value // 1000}.{version.value % 1000 // 10}, and they were made "
-                f"with CUDA {toolkit}.",
-                f"Install a driver for CUDA {needed}.0 or newer.",
+                f"It supports CUDA {_dotted(supported)}, and they were made with CUDA {toolkit}"
+                + (", whose PTX it would have to compile." if compiles else "."),
+                f"Install a driver for CUDA {_dotted(needed)} or newer.",
             )
 
     def call(self, function: str, *arguments: Any) -> None:
@@ -172,6 +175,10 @@ def lost_device(reason: str) -> DeviceLostError:
         "The requests of that step are lost, and a server starts its engine again. If it happens again, "
         "check the device with nvidia-smi.",
     )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _refused(name: str, why: str) -> TargetError:

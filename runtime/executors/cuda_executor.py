@@ -1,5 +1,5 @@
-"""The executor that runs ahead: rows and sampling on the device, decode steps replayed, mixed steps launched,
-results read when they are collected. Knows steps and rows; no kernels."""
+"""The executor that runs ahead: rows and sampling on the device, steps replayed or launched, results read
+when they are collected. Knows steps and rows; no kernels."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from ..protocol import (
     TokenLogprob,
 )
 from ..sampling import is_finite, token_logprob
-from .cuda_decode import DecodeGraphs
+from .cuda_control import keys_read_again, write_control
 from .cuda_device import Device
 from .cuda_model import CudaModel
 from .cuda_rows import UNKNOWN, DeviceRows
 from .cuda_samples import filters, samples_of
+from .cuda_steps import StepGraphs
 from .rows import SegmentOutput
 from .stepped import DraftModel, OracleSampled, StepModel
 
@@ -60,8 +61,8 @@ class _Flight:
 
 
 class CudaExecutor:
-    """`runtime.protocol.Executor` with `caps.max_in_flight` steps enqueued. Without `graphs` decode steps are
-    launched kernel by kernel, too."""
+    """`runtime.protocol.Executor` with `caps.max_in_flight` steps enqueued. Without `graphs` all steps are
+    launched kernel by kernel."""
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class CudaExecutor:
         sampler: DeviceSampler,
         space: SampleSpace,
         results: Tensor,
-        graphs: DecodeGraphs | None,
+        graphs: StepGraphs | None,
     ) -> None:
         self._model, self._rows, self._caps, self._device = model, rows, caps, device
         self._sampler, self._space, self._results, self._graphs = sampler, space, results, graphs
@@ -123,7 +124,7 @@ class CudaExecutor:
             self._rows.change(plan.block_changes)
             self._model.copy_pages(plan.block_copies)
             outputs = [SegmentOutput(each, self._rows.rows[each.row]) for each in plan.segments]
-            bucket = self._bucket(outputs)
+            bucket = self._bucket(plan, outputs)
             slot = self._num_tickets % len(self._arrived)
             if bucket is None:
                 flight = self._launch(plan, outputs, self._arrived[slot])
@@ -166,40 +167,35 @@ class CudaExecutor:
         if self._draft_model is not None:
             self._draft_model.close()
 
-    def _bucket(self, outputs: Sequence[SegmentOutput]) -> int | None:
-        """The rows of the graph that runs a step; None where it has to be launched."""
-        if self._graphs is None or not outputs:
+    def _bucket(self, plan: StepPlan, outputs: Sequence[SegmentOutput]) -> int | None:
+        """The tokens of the graph that runs a step; None where it has to be launched. Logprobs of prompts
+        are read while a step runs."""
+        if self._graphs is None or not outputs or any(output.scores_prompt for output in outputs):
             return None
-        plain = all(
-            each.samples and not each.scores_prompt and each.segment.num_tokens == 1 for each in outputs
-        )
-        return self._graphs.bucket(len(outputs)) if plain else None
+        return self._graphs.bucket(plan.num_tokens, keys_read_again(outputs))
 
     def _replay(self, plan: StepPlan, outputs: Sequence[SegmentOutput], bucket: int, slot: int) -> _Flight:
         """Enqueue a recorded step: one small copy, one call."""
         assert self._graphs is not None
         inputs, control = self._graphs.inputs, self._controls[slot]
         graph = self._graphs.graph(bucket, filters(outputs))
-        control.fill_(-1)
-        count = len(outputs)
-        control[0, :count] = torch.tensor([each.segment.row for each in outputs], dtype=torch.int32)
-        if plan.grammar_mask is not None:
-            control[1, :count] = torch.arange(count, dtype=torch.int32)
-            inputs.masks[:count].copy_(torch.from_numpy(_as_int32(plan.grammar_mask)))
+        mask = plan.grammar_mask
+        places = write_control(control.numpy(), outputs, has_masks=mask is not None)
+        if mask is not None:
+            inputs.masks[: len(mask)].copy_(torch.from_numpy(_as_int32(mask)))
         self._device.copy(control, inputs.control)
         graph.recorded.replay()
         self.num_replayed += 1
-        arrived = self._arrived[slot][:count]
-        self._device.copy(self._results[:count], arrived)
-        wanted = {index: [index] for index, each in enumerate(outputs) if _wants_logprobs(each)}
-        logits = self._read_logits(graph.logits, wanted)
+        arrived = self._arrived[slot][: len(places)]
+        self._device.copy(self._results[: len(places)], arrived)
+        wanted = {index: tokens for index, tokens in places.items() if _wants_logprobs(outputs[index])}
         return _Flight(
             plan=plan,
             outputs=outputs,
-            sampled=range(count),
+            sampled=tuple(places),
             scored={},
             results=arrived,
-            logits=logits,
+            logits=self._read_logits(graph.logits, wanted),
             wait=self._device.mark(),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,9 @@ class CudaKernels:
     """A `kernels.cuda.launch.Launcher` over compiled kernels.
 
     `stream()` gives the handle that launches go to. With `overlaps`, kernels that can begin before the launch
-    ahead of them has ended. Nothing is compiled, but PTX by the driver while loading.
+    ahead of them has ended. Nothing is compiled, but PTX by the driver while loading, of which the log says
+    so; `origin` names the architecture, and whether it was compiled. Raises TargetError where no kernels are
+    for the GPU, and where the driver is too old for those that are.
     """
 
     def __init__(
@@ -74,7 +77,12 @@ class CudaKernels:
         # Making a key takes longer than a launch.
         self._keys: dict[Specialisation, str] = {}
         self._kernels = {k.key: k for k in unit.kernels if k.architecture == self.architecture}
-        driver.require(max((k.toolkit for k in self._kernels.values()), key=_numbers))
+        newest = max((k.toolkit for k in self._kernels.values()), key=_numbers)
+        driver.require(newest, compiles=not is_native)
+        self.origin = self.architecture
+        if not is_native:
+            self.origin += ", compiled by the driver from PTX"
+            _tell(capability, self.architecture, len(self._kernels))
         self.functions = {
             key: load_kernel(driver, kernel, artifact.read_bytes(kernel.file if is_native else kernel.ptx))
             for key, kernel in self._kernels.items()
@@ -99,6 +107,20 @@ class CudaKernels:
         ]
         overlaps = self._overlaps and self._kernels[key].overlaps
         self._driver.launch(self.functions[key], launch.grid, self._stream(), parameters, overlaps=overlaps)
+
+
+def _tell(capability: tuple[int, int], architecture: str, count: int) -> None:
+    """Say that loading is a compilation, and how not to have it."""
+    own = _compiled_for(capability)
+    wanted = capability[0] * 10 + capability[1]
+    fix = "llmc compiles no machine code for its generation."
+    if own // 10 == capability[0]:
+        fix = f"`llmc retarget ARTIFACT -o OUT --target cuda:sm_{own}` makes kernels for it."
+    logging.getLogger("llmc.runtime").warning(
+        "The artifact has no machine code for this GPU (sm_%d): its driver compiles %d kernels from the PTX "
+        "of %s while loading, and keeps what it made for the next start. %s",
+        *(wanted, count, architecture, fix),
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -100,9 +100,9 @@ class CudaModel:
         logits = self.compute(self._whole if has_head else self._body, inputs, observe)
         return logits if has_head else None
 
-    def decode(self, inputs: Mapping[str, Tensor], operators: CudaOperators) -> Tensor:
-        """Logits of a step whose inputs are on the device, by `operators`."""
-        return self.compute(substitute(self._graph, operators), inputs)
+    def graph_by(self, operators: CudaOperators) -> fx.Graph:
+        """The program, for `compute`, carried out by `operators`."""
+        return substitute(self._graph, operators)
 
     def compute(
         self, graph: fx.Graph, inputs: Mapping[str, Tensor], observe: Observer | None = None

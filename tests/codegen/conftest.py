@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -25,10 +27,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session")
 def cuda_artifact(tmp_path_factory, stories_1m):
-    """The small bundled model with int4 matrices, for one architecture."""
+    """The small bundled model with int4 matrices, for one architecture, compiled once for all processes."""
     pytest.importorskip("triton")
-    path = tmp_path_factory.mktemp("cuda") / "model.llmc"
-    llmc.compile(stories_1m, quant="int4-fast", target="cuda:sm_90", output=path, verify="structure")
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    path = folder / "cuda" / "model.llmc"
+    path.parent.mkdir(exist_ok=True)
+    with (folder / "cuda" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            llmc.compile(stories_1m, quant="int4-fast", target="cuda:sm_90", output=path, verify="structure")
     return open_unchecked(path)
 
 

@@ -7,7 +7,7 @@
 #include <string.h>
 
 typedef int Result;
-enum { OK = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
+enum { OK = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, UNKNOWN_PTX = 222, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
 
 struct Function {
   char name[256];
@@ -46,12 +46,45 @@ Result cuDeviceGetAttribute(int *value, int attribute, int device) {
   return OK;
 }
 Result cuGetErrorString(Result code, const char **text) {
-  *text = code == INVALID_IMAGE ? "device kernel image is invalid" : code == NOT_FOUND ? "named symbol not found" : code == ILLEGAL_ADDRESS ? "an illegal memory access was encountered" : "error";
+  *text = code == UNKNOWN_PTX ? "the provided PTX was compiled with an unsupported toolchain." : code == INVALID_IMAGE ? "device kernel image is invalid" : code == NOT_FOUND ? "named symbol not found" : code == ILLEGAL_ADDRESS ? "an illegal memory access was encountered" : "error";
   return OK;
 }
+// The newest PTX that a driver compiles, 87 for 8.7: CUDA 12.5 and 12.6 have the same.
+static int newest_ptx(void) {
+  int major = driver_version / 1000, minor = driver_version % 1000 / 10;
+  return 10 * (major - 4) + minor - (major == 12 && minor > 5);
+}
+static int is_machine_code(const char *image) { return !memcmp(image, "\177ELF", 4); }
 Result cuModuleLoadData(void **module, const void *image) {
-  if (memcmp(image, "\177ELF", 4)) return INVALID_IMAGE;
+  if (!is_machine_code(image)) {
+    const char *version = strstr(image, "\n.version ");
+    int major, minor;
+    if (!version || sscanf(version, " .version %d.%d", &major, &minor) != 2) return INVALID_IMAGE;
+    if (10 * major + minor > newest_ptx()) return UNKNOWN_PTX;
+    fprintf(record(), "compile\n");
+  }
   *module = (void *)image;
+  return OK;
+}
+
+// `.entry NAME(` and a `.param .u64 ...` for each parameter.
+static Result find_in_ptx(struct Function **function, const char *text, const char *name) {
+  char wanted[300];
+  snprintf(wanted, sizeof wanted, ".entry %s(", name);
+  const char *from = strstr(text, wanted);
+  if (!from) return NOT_FOUND;
+  const char *end = strchr(from + strlen(wanted), ')');
+  *function = calloc(1, sizeof **function);
+  snprintf((*function)->name, sizeof (*function)->name, "%s", name);
+  int offset = 0;
+  while ((from = strstr(from, ".param .")) && from < end) {
+    from += strlen(".param .");
+    int size = atoi(from + 1) / 8, index = (*function)->count++;
+    offset = (offset + size - 1) / size * size;
+    (*function)->size[index] = size;
+    (*function)->offset[index] = offset;
+    offset += size;
+  }
   return OK;
 }
 
@@ -72,6 +105,7 @@ static void read_parameters(struct Function *function, const uint8_t *from, cons
 }
 
 Result cuModuleGetFunction(struct Function **function, void *module, const char *name) {
+  if (!is_machine_code(module)) return find_in_ptx(function, module, name);
   const uint8_t *file = module;
   const struct Section *sections = (const void *)(file + *(const uint64_t *)(file + 40));
   const char *names = (const char *)file + sections[*(const uint16_t *)(file + 62)].offset;

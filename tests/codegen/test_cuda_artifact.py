@@ -4,9 +4,11 @@ load and take what launches pass (a stub driver), files hold nothing of the mach
 from __future__ import annotations
 
 import ctypes
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 from llmc.artifact.cuda import CUDA_UNIT, decode_unit
 from llmc.artifact.oracle import read_oracle
 from llmc.codegen.base import backend_for
-from llmc.codegen.cuda.assemble import assemble
+from llmc.codegen.cuda.assemble import assemble, kernel_of
 from llmc.codegen.cuda.cubin import check_parameters, parameter_layout
 from llmc.kernels.cuda.launch import launch_of
 from llmc.runtime.config import RuntimeConfig
@@ -191,6 +193,78 @@ def test_an_artifact_for_other_gpus_says_what_to_do(unit):
     older = replace(unit, kernels=(replace(unit.kernels[0], architecture="sm_80", ptx="kernels/x.ptx"),))
     assert choose_architecture(older, (8, 6)) == "sm_80"
     assert choose_architecture(older, (10, 0)) == "sm_80"
+
+
+@pytest.fixture(scope="module")
+def portable(artifact, unit):
+    """Three of the artifact's kernels for sm_80 alone, with their PTX: a product, a softmax and a sampler."""
+    from stub_executor import specialisations_of
+
+    known = specialisations_of(artifact).values()
+    names = ("linear.linear_words", "attention.merge_splits", "sampling.draw")
+    chosen = [next(each for each in known if each.kernel == name) for name in names]
+    files, kernels = {}, []
+    for each, machine in zip(chosen, assemble([(each, "sm_80") for each in chosen]), strict=True):
+        files |= {f"{each.key}.cubin": machine.cubin, f"{each.key}.ptx": machine.ptx}
+        kernels.append(kernel_of(each, "sm_80", machine, f"{each.key}.cubin", f"{each.key}.ptx"))
+    return replace(unit, kernels=tuple(kernels)), SimpleNamespace(read_bytes=files.__getitem__)
+
+
+def test_a_newer_gpu_is_given_ptx_and_the_user_is_told(portable, cuda_stub, caplog, monkeypatch):
+    from llmc.runtime.executors.cuda_driver import CudaDriver
+    from llmc.runtime.executors.cuda_kernels import CudaKernels
+
+    monkeypatch.setattr(logging.getLogger("llmc"), "propagate", True)
+    unit, files = portable
+    library, log = cuda_stub
+
+    def loaded(capability):
+        log.write_text("")
+        caplog.clear()
+        kernels = CudaKernels(files, unit, capability, CudaDriver(str(library)), lambda: 0)
+        assert len(kernels.functions) == 3
+        return kernels.origin, log.read_text().count("compile"), caplog.text
+
+    assert loaded((8, 6)) == ("sm_80", 0, "")
+    origin, compiled, told = loaded((9, 0))
+    assert (origin, compiled) == ("sm_80, compiled by the driver from PTX", 3)
+    assert re.search(r"no machine code for this GPU \(sm_90\): its driver compiles 3 kernels.*sm_80", told)
+    assert "--target cuda:sm_90` makes kernels for it" in told
+    assert "compiles no machine code for its generation" in loaded((12, 0))[2]
+
+
+def test_a_driver_that_does_not_know_the_ptx_is_too_old(portable, cuda_stub):
+    from llmc.runtime.executors.cuda_driver import CudaDriver
+    from llmc.runtime.executors.cuda_kernels import CudaKernels
+
+    unit, files = portable
+    library = ctypes.CDLL(str(cuda_stub[0]))
+    needed = max(tuple(map(int, kernel.toolkit.split(".")[:2])) for kernel in unit.kernels)
+    dotted = ".".join(map(str, needed))
+
+    def load(capability):
+        return CudaKernels(files, unit, capability, CudaDriver(str(cuda_stub[0])), lambda: 0)
+
+    try:
+        library.llmc_stub_driver(1000 * needed[0])
+        assert load((8, 0)).origin == "sm_80"  # machine code of the same generation
+        with pytest.raises(TargetError, match=f"whose PTX it would.*Install a driver for CUDA {dotted}"):
+            load((9, 0))
+        with pytest.raises(TargetError, match="code 222: the provided PTX was compiled"):
+            CudaDriver(str(cuda_stub[0])).load(
+                files.read_bytes(unit.kernels[0].ptx), "any", warps=4, shared_bytes=0, sizes=[]
+            )
+    finally:
+        library.llmc_stub_driver(12080)
+
+
+def test_a_driver_that_compiles_ptx_cannot_fuse_what_must_stay_apart(portable):
+    """Fused multiply-add is off in machine code; PTX has to say so itself, by rounding each result."""
+    unit, files = portable
+    for kernel in unit.kernels:
+        text = files.read_bytes(kernel.ptx).decode()
+        assert re.search(r"\bmul\.rn\.f(32|64)", text), kernel.name
+        assert not re.search(r"\b(add|sub|mul)(\.ftz)?\.f(32|64)\b", text), kernel.name
 
 
 def test_targets_are_parsed():

@@ -12,22 +12,25 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from request_parts import Even, Knowing
 
 from llmc.artifact.cuda import CUDA_UNIT, decode_unit
 from llmc.runtime.config import RuntimeConfig
+from llmc.runtime.draft_policy import DraftPolicy
 from llmc.runtime.engine import Engine
 from llmc.runtime.load import load
 from llmc.runtime.params import SamplingParams
-from llmc.runtime.protocol import SamplingState
+from llmc.runtime.protocol import RowDiff, SamplingState
 from llmc.runtime.request import FinishReason, Request
 from llmc.runtime.server.messages import Failed, Generate
 from llmc.runtime.server.process_channel import ProcessChannel
+from llmc.runtime.speculation import Speculator
 from llmc.spec.errors import ArtifactError, DeviceLostError, TargetError
 
 SETTINGS = {"max_requests": 4, "max_step_tokens": 32, "max_model_len": 48}
-PROMPTS = [(1, 50, 60, 70, 80), (1, 9), (1, 33, 44)]
+PROMPTS = [(1, 50, 60), (1, 9), (1, 33)]
 SAMPLINGS = [
-    SamplingState(),
+    SamplingState(logprobs=2),
     SamplingState(temperature=0.9, top_p=0.8, top_k=40, seed=7),
     SamplingState(temperature=1.3, min_p=0.02, repetition_penalty=1.2, frequency_penalty=0.5, seed=2**63 + 5),
 ]
@@ -54,7 +57,7 @@ def stubbed(cuda_artifact, cuda_stub, specialisations):
     interpreted = Interpreted(library, specialisations)
 
     def make(free_bytes=1 << 30, **settings):
-        config = RuntimeConfig(**SETTINGS, **settings)
+        config = RuntimeConfig(**SETTINGS | settings)
         return stubbed_executor(cuda_artifact, library, interpreted, config, free_bytes), config
 
     yield make, interpreted
@@ -67,49 +70,91 @@ def run_out(engine):
         engine.step()
 
 
-def served(executor, config, prompts, samplings, count):
-    """Tokens and logprobs by request."""
-    engine = Engine(executor, config)
-    for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-        engine.add_request(
-            Request(request_id=number, prompt_token_ids=prompt, max_tokens=count, sampling=sampling)
+def served(executor, config, prompts, samplings, count, drafts=None, forms=()):
+    """Tokens, logprobs and reasons by request; a request comes in before each step, so that steps are mixed.
+    `forms` are the requests whose answers have even tokens alone."""
+    speculator = None if drafts is None else Speculator(Knowing(drafts), DraftPolicy(config.draft_tokens))
+    engine = Engine(executor, config, speculator=speculator)
+    coming = [
+        Request(
+            request_id=number,
+            prompt_token_ids=prompt,
+            max_tokens=count,
+            sampling=sampling,
+            grammar=Even() if number in forms else None,
         )
+        for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+    ]
     found = {number: [] for number in range(len(prompts))}
     logprobs = {number: [] for number in range(len(prompts))}
     reasons = {}
-    while engine.has_work():
+    while coming or engine.has_work():
+        if coming:
+            engine.add_request(coming.pop(0))
         for output in engine.step():
             found[output.request_id] += output.token_ids
             logprobs[output.request_id] += output.logprobs
             if output.finished is not None:
                 reasons[output.request_id] = output.finished.reason
+    executor.apply(RowDiff(leave=tuple(range(config.max_requests))))
     return found, logprobs, reasons
 
 
+def watched(executor):
+    """How many steps are in flight after each that is submitted."""
+    counts, open_steps, submit, collect = [], set(), executor.submit, executor.collect
+
+    def submitted(plan):
+        ticket = submit(plan)
+        open_steps.add(ticket)
+        counts.append(len(open_steps))
+        return ticket
+
+    def collected(ticket):
+        open_steps.remove(ticket)
+        return collect(ticket)
+
+    executor.submit, executor.collect = submitted, collected
+    return counts
+
+
 @pytest.mark.slow
-def test_replayed_launched_and_oracle_sampled_steps_give_the_same_tokens(stubbed, cuda_artifact):
+def test_replayed_launched_and_oracle_sampled_steps_give_the_same_tokens(stubbed, cuda_artifact, cuda_stub):
+    """Steps of prompts, of decoding, of both, and of drafts that are verified."""
     from llmc.runtime.executors.stepped import SteppedExecutor
 
     make, _ = stubbed
-    executor, config = make(device_graphs=True)
-    replayed = served(executor, config, PROMPTS, SAMPLINGS, 4)
-    # Steps run ahead: after the prompts, every token but the first came from a recorded step.
-    assert executor.num_replayed >= 3
+    log = cuda_stub[1]
+    asked = (PROMPTS, SAMPLINGS, 3)
+    executor, config = make(device_graphs=True, draft_tokens=2, prefix_cache=False)
+    in_flight = watched(executor)
+    replayed = served(executor, config, *asked, forms=(2,))
+    # A step is enqueued before the tokens that it begins with have arrived, unless a form waits for them.
+    assert set(in_flight) == {1, 2}
+    steps = executor.num_replayed
+    assert steps == len(in_flight)
+    drafts = list(replayed[0].values())
+    assert served(executor, config, *asked, drafts=drafts, forms=(2,)) == replayed
+    # Accepted drafts are steps that nobody ran.
+    assert executor.num_replayed < 2 * steps
+    assert executor.num_launched == 0
     executor.close()
-    launching, config = make()
-    assert served(launching, config, PROMPTS, SAMPLINGS, 4) == replayed
+    nodes = max(map(int, re.findall(r"^replay (\d+)", log.read_text(), re.MULTILINE)))
+    assert nodes == pytest.approx(cuda_artifact.manifest.capture.num_launches, rel=0.3)
+    launching, config = make(prefix_cache=False)
+    assert served(launching, config, *asked, forms=(2,)) == replayed
     assert launching.num_replayed == 0
     stepped = SteppedExecutor(launching.model, replace(launching.caps, max_in_flight=1))
-    assert served(stepped, config, PROMPTS, SAMPLINGS, 4) == replayed
+    assert served(stepped, config, *asked, forms=(2,)) == replayed
     launching.close()
 
 
 def test_an_error_of_the_device_ends_its_steps_requests_and_the_engine(stubbed):
     make, interpreted = stubbed
-    executor, config = make(device_graphs=True)
+    executor, config = make(device_graphs=True, max_requests=1, max_step_tokens=1)
     engine = Engine(executor, config)
-    engine.add_request(Request(request_id=0, prompt_token_ids=(1, 5, 6), max_tokens=4, sampling=SAMPLINGS[0]))
-    interpreted.fail_after(20)
+    engine.add_request(Request(request_id=0, prompt_token_ids=(1, 5), max_tokens=4, sampling=SAMPLINGS[0]))
+    interpreted.fail_after(5)
     with pytest.raises(DeviceLostError, match="illegal memory access"):
         run_out(engine)
     assert engine.stats.finished == {FinishReason.ERROR: 1}

@@ -6,11 +6,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import numpy as np
 import pytest
 from prometheus_client import generate_latest
+from request_parts import Even, Knowing
 
 from llmc.artifact.cuda import CUDA_UNIT, decode_unit
 from llmc.runtime.bench.client import Endpoint
@@ -107,27 +106,6 @@ def test_a_preempted_request_and_one_with_a_known_prefix_get_their_tokens(engine
     few.close()
 
 
-@dataclass
-class Knowing:
-    """Drafts what `answers` say by request; of a text of even length the second draft is wrong."""
-
-    answers: list[list[int]]
-    is_free = True
-
-    def propose(self, requests, k):
-        drafts = {}
-        for request in requests:
-            done = len(request.token_ids) - len(request.request.prompt_token_ids)
-            draft = self.answers[request.request.request_id][done : done + k]
-            if len(request.token_ids) % 2 == 0 and len(draft) > 1:
-                draft[1] ^= 1
-            drafts[request] = tuple(draft)
-        return drafts
-
-    def forget(self, request_id):
-        pass
-
-
 def test_drafts_change_no_token(engine_of):
     prompt = (5, 9, 11, 5, 9, 11, 5, 9, 11, 5, 9)
     requests = ((prompt, 7, GREEDY, None), (prompt, 7, SEEDED, None))
@@ -142,26 +120,6 @@ def test_drafts_change_no_token(engine_of):
     assert 0 < accepted < drafted
     assert found == expected
     drafting.close()
-
-
-@dataclass
-class Even:
-    """Answers of tokens with even ids, as a grammar and as its own state."""
-
-    is_over: bool = False
-    error: str | None = None
-
-    def start(self):
-        return Even()
-
-    def fill(self, mask, draft_ids=()):
-        mask[:] = np.uint32(0x55555555)
-
-    def count_allowed(self, draft_ids):
-        return next((i for i, token in enumerate(draft_ids) if token % 2), len(draft_ids))
-
-    def accept(self, token_id):
-        assert token_id % 2 == 0
 
 
 def test_the_form_of_one_answer_is_not_anothers(engine_of):

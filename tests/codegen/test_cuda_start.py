@@ -17,6 +17,10 @@ STARTS = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fork
 started = []
 sys.addaudithook(lambda event, _: started.append(event) if event in STARTS else None)
 
+import torch
+
+torch.Tensor.__repr__ = None  # a value that is read while a GPU records is an error there
+
 from llmc.artifact.cuda import CUDA_UNIT, decode_unit
 from llmc.artifact.reader import open_unchecked
 from llmc.runtime.config import RuntimeConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,9 +28,20 @@ def test_the_plan_names_sizes_and_what_is_recorded_at_load(toy):
     assert plan.decode_rows == (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 200)
     assert plan.at_load == plan.decode_rows
     assert 0 < plan.seconds <= 1.0
-    assert plan.num_launches > sum(node.op == "call_function" for node in before.graph.nodes)
+    targets = [str(node.target) for node in before.graph.nodes]
+    attention = 2 * sum(len(group.layers) for group in before.cache.groups)
+    assert plan.num_launches > sum("linear" in target for target in targets) + attention
     (record,) = [each for each in after.history if each.name == "cuda_graph"]
     assert record.matches == len(plan.decode_rows)
+
+
+def test_reading_keys_again_may_take_as_long_as_launching_a_step(toy):
+    before, after = planned(toy, max_rows=1)
+    plan = after.capture
+    read_s = plan.keys_read_again * before.cache.bytes_per_token / 2e12
+    assert read_s == pytest.approx(plan.num_launches * 60e-6, rel=0.01)
+    _, never = planned(toy, load_seconds=0.0)
+    assert never.capture.keys_read_again == plan.keys_read_again
 
 
 def test_what_does_not_fit_the_time_is_recorded_later(toy):

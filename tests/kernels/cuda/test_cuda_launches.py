@@ -81,7 +81,7 @@ def step(operators):
     results = torch.zeros(2, 4, dtype=torch.int32)
     for filtered in (False, True):
         sampler.sample(torch.empty(2, 5000), samples, tables, space, results, filtered=filtered)
-    sampler.open_decode(row, tables, ids, ids, [(torch.zeros(2, 9, dtype=torch.int64), ids, 64)])
+    sampler.open_step((row, row, row), tables, ids, ids, [(torch.zeros(2, 9, dtype=torch.int64), ids, 64)])
     sampler.change_pages(torch.zeros(1, 3, dtype=torch.int32), tables.tables[0])
     sampler.fill_ids(ids, row, tables.state)
 

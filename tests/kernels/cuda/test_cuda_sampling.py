@@ -4,6 +4,7 @@ together, ties, cut vocabularies, drafts and rows that cannot be sampled."""
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -230,26 +231,39 @@ def test_a_vocabulary_of_152_thousand_tokens(launch):
         check(batch, index, found)
 
 
-def test_a_decode_step_is_opened_from_the_permanent_rows(launch):
+def test_a_step_is_opened_from_the_permanent_rows(launch):
     pages, page = 300, 4
     tables = make_tables(empty, 4, 8, (pages,))
     tables.tables[0][:] = torch.arange(4 * pages).reshape(4, pages)
-    lengths, tokens = [1, 9, 1200, 5], [3, 6, 7, -1]
-    for row, (length, token) in enumerate(zip(lengths, tokens, strict=True)):
-        tables.state[row, LENGTH], tables.state[row, LAST_TOKEN] = length, token
+    for row, token in enumerate([3, 6, 7, -1]):
+        tables.state[row, LAST_TOKEN] = token
     tables.state[3, HAS_FAILED] = 1
     sampler = DeviceSampler(launch)
     sampler.change_pages(int32([[1, 2, 77], [2, 299, -1]]), tables.tables[0])
-    rows = int32([2, -1, 1, 0, 3])
-    ids, positions, slots = (empty((5,), "int64") for _ in range(3))
-    table = torch.full((5, pages), -9, device=DEVICE)
-    sampler.open_decode(rows, tables, ids, positions, [(table, slots, page)])
-    assert ids.tolist() == [7, 0, 6, 3, 0]
-    assert positions.tolist() == [1199, 0, 8, 0, 4]
-    assert slots.tolist() == [-1, -1, 77 * page, 0, -1]
+    # The last known token of a row, nobody's, two that are given, and one of a row that failed.
+    given = (int32([2, -1, 1, 1, 0, 3]), int32([-1, 5, -1, 4, 2, -1]), int32([1199, 9, 8, 9, 0, 4]))
+    ids, positions, slots = (empty((6,), "int64") for _ in range(3))
+    table = torch.full((6, pages), -9, device=DEVICE)
+    sampler.open_step(given, tables, ids, positions, [(table, slots, page)])
+    assert ids.tolist() == [7, 0, 6, 4, 2, 0]
+    assert positions.tolist() == [1199, 0, 8, 9, 0, 4]
+    assert slots.tolist() == [-1, -1, 77 * page, 77 * page + 1, 0, -1]
     assert table[0, :300].tolist() == [*range(2 * pages, 2 * pages + 299), -1]
     assert table[1, :2].tolist() == [-1, -9]
-    assert table[2, :4].tolist() == [300, 301, 77, -9]
-    given = torch.tensor([4, -1, -1], device=DEVICE)
-    sampler.fill_ids(given, int32([0, 2, 3]), tables.state)
-    assert given.tolist() == [4, 7, 0]
+    assert table[2, :4].tolist() == table[3, :4].tolist() == [300, 301, 77, -9]
+    filled = torch.tensor([4, -1, -1], device=DEVICE)
+    sampler.fill_ids(filled, int32([0, 2, 3]), tables.state)
+    assert filled.tolist() == [4, 7, 0]
+
+
+def test_a_segment_without_logit_rows_is_nobodys(launch):
+    """As recorded steps have them behind those of a smaller step."""
+    rng = np.random.default_rng()
+    batch = Batch(45, [random_case(rng, 45, False)], [()], None)
+    batch.samples = replace(batch.samples, first=int32([1, 1]), count=int32([1, 0]))
+    before = int(batch.tables.state[1, LENGTH])
+    space, results = make_space(empty, 2, 45, 16), torch.full((2, 8), 9, dtype=torch.int32, device=DEVICE)
+    logits = torch.tensor(rng.normal(size=(2, 45)), dtype=torch.float32, device=DEVICE)
+    DeviceSampler(launch, 16).sample(logits, batch.samples, batch.tables, space, results, filtered=True)
+    assert results[:, 0].tolist() in ([1, 0], [-1, 0])
+    assert int(batch.tables.state[1, LENGTH]) == before + max(0, int(results[0, 0]))
