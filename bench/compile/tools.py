@@ -39,7 +39,7 @@ def main() -> None:
     asked = parser.parse_args()
     record = Record(asked.name or f"tools_{asked.part}")
     parts = {"fit": measure_fit, "bisect": measure_bisect, "verify": measure_verify}
-    results = parts[asked.part](asked.model, asked.quant or ["int4"], asked.rounds)
+    results = parts[asked.part](asked.model.resolve(), asked.quant or ["int4"], asked.rounds)
     print(json.dumps(results, indent=1))
     print(record.write(results))
 
@@ -89,7 +89,7 @@ def measure_verify(model: Path, presets: list[str], rounds: int) -> dict[str, ob
                 for level, done in runs.items()
             }
             found[f"{model.name} {preset}"] = {
-                **{level: _times(done) for level, done in runs.items()},
+                **{level: _times(done) | {"stages_s": _stages(done)} for level, done in runs.items()},
                 "cost": {
                     key: round(medians["numerics"][key] / medians["off"][key] - 1, 3)
                     for key in ("wall_s", "cpu_s")
@@ -112,6 +112,13 @@ def _times(runs: list[dict]) -> dict[str, object]:
         key: {name: round(value, 2) for name, value in percentiles([run[key] for run in runs]).items()}
         for key in ("wall_s", "cpu_s")
     }
+
+
+def _stages(runs: list[dict]) -> dict[str, float]:
+    """The median seconds of each stage that a compile tells of."""
+    names = [entry["stage"] for entry in runs[0]["answer"]["ledger"]]
+    seconds = [{entry["stage"]: entry["seconds"] for entry in run["answer"]["ledger"]} for run in runs]
+    return {name: round(percentiles([run[name] for run in seconds])["p50"], 2) for name in names}
 
 
 def _children_s() -> float:
