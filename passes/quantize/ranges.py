@@ -1,9 +1,10 @@
-"""How large the values of some nodes get, by channel, over calibration tokens. Knows no method."""
+"""How large the values of some nodes get, by channel, over calibration tokens, and some of these values.
+Knows no method."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +16,15 @@ from ..calibration import Calibration
 # Largest magnitudes settle after a few thousand tokens.
 MOST_TOKENS = 8192
 _BATCH_TOKENS = 2048
+# Rows that are kept of each value, spread over the first batch.
+_KEPT_ROWS = 64
+
+
+class Seen(NamedTuple):
+    """Of one value: the largest magnitude of each channel `[K]` and some rows `[T, K]`, in float32."""
+
+    top: Tensor
+    rows: Tensor
 
 
 def channel_ranges(
@@ -22,12 +32,24 @@ def channel_ranges(
 ) -> dict[fx.Node, Tensor]:
     """The largest magnitude of each channel (last dimension) of each of `nodes`, in float32, over at most
     `MOST_TOKENS` tokens. The program must not be paged."""
-    wanted, found = set(nodes), dict[fx.Node, Tensor]()
+    return {node: seen.top for node, seen in observe_values(program, nodes, calibration).items()}
+
+
+def observe_values(
+    program: Program, nodes: Collection[fx.Node], calibration: Calibration
+) -> dict[fx.Node, Seen]:
+    """As `channel_ranges`, with some rows of each value."""
+    wanted, found = set(nodes), dict[fx.Node, Seen]()
 
     def observe(node: fx.Node, value: Any) -> None:
         if node in wanted and len(value):
-            top = value.flatten(0, -2).float().abs().amax(0)
-            found[node] = torch.maximum(found[node], top) if node in found else top
+            rows = value.flatten(0, -2)
+            top = rows.float().abs().amax(0)
+            if node in found:
+                found[node] = Seen(torch.maximum(found[node].top, top), found[node].rows)
+            else:
+                step = max(1, len(rows) // _KEPT_ROWS)
+                found[node] = Seen(top, rows[::step][:_KEPT_ROWS].float().clone())
 
     batches = _batches(calibration)
     for index, batch in enumerate(batches):

@@ -3,12 +3,13 @@
     n = llmc.rms_norm(x, w, …)                   n = llmc.rms_norm(x, w / s, …)
     y = llmc.linear(n, v, None)           →      y = llmc.linear(n, v * s, None)
 
-The factors s are powers of two, so that no value of the model is rounded anew. Whose output feeds linears
-alone is asked of the graph: norms, and the up-projections of gated feed-forward blocks.
+The factors s are powers of two, so that no value of the model is rounded anew; where they save little they
+are 1. Whose output feeds linears alone is asked of the graph: norms, and up-projections of gated blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.program import Program
+from ...ir.quantized import dequantize_rows, quantize_rtn
+from ...ir.rounded import round_rows
 from ...ir.scaled import Scaled
 from ...ir.weights import Constant, Expr
 from ...spec.history import Decision
+from ...spec.quant import ActivationScheme, QuantScheme
 from ..base import (
     CANONICAL,
     Contract,
@@ -33,7 +37,7 @@ from ..base import (
 from ..fuse_linears import LINEAR
 from ..graph import argument, argument_names, calls, is_call, is_weight
 from .needs import require_calibration
-from .ranges import channel_ranges
+from .ranges import Seen, observe_values
 
 _NORMS = tuple(
     getattr(torch.ops.llmc, name).default
@@ -41,6 +45,8 @@ _NORMS = tuple(
 )
 _GATED = (torch.ops.llmc.gated_activation_packed.default, torch.ops.llmc.gated_activation.default)
 _LEAST = 1e-5
+# How both sides are rounded where it is found out what factors save.
+_INPUTS, _WEIGHTS = ActivationScheme(codes="int8"), QuantScheme(bits=8, group_size=0)
 
 
 class Fold(NamedTuple):
@@ -78,10 +84,17 @@ class Smooth:
         high=1.0,
         search=(0.5, 0.65, 0.8),
     )
+    least_gain: float = option(
+        0.1,
+        "Part of the error of products in 8 bits that balancing must save to be done.",
+        low=0,
+        high=1,
+    )
     expect: int = expect_option()
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        """One match per value that is balanced; misses say why another is not."""
+        """One match per value that may be balanced; decisions say whether it is, misses why another cannot
+        be."""
         graph = program.copy_graph()
         sites, misses = foldable_sites(graph, program)
         if context.planning or not sites:
@@ -90,26 +103,42 @@ class Smooth:
         fix = "Give the pass context a Calibration, or leave the pass out."
         calibration = require_calibration(self.name, context, why, fix)
         copied = program.replace(graph=graph)
-        ranges = channel_ranges(copied, [site.value for site in sites], calibration)
+        values = observe_values(copied, [site.value for site in sites], calibration)
         changed: dict[str, Expr] = {}
         decisions: list[Decision] = []
         for site in sites:
-            factors = self._factors(program, site, ranges[site.value])
-            fold_factors(program, site, factors, changed)
-            decisions.append(_decision(site, factors))
+            weights = [program.weights.evaluate(name).float() for name in site.readers]
+            factors = self._factors(weights, values[site.value].top)
+            found, plain = (_error(weights, values[site.value], by) for by in (factors, None))
+            balanced = found < (1 - self.least_gain) * plain
+            if balanced:
+                fold_factors(program, site, factors, changed)
+            decisions.append(_decision(site, factors if balanced else None, found, plain))
         done = copied.replace(weights=program.weights.with_entries(changed))
         report = PassReport(matches=len(sites), decisions=tuple(decisions), misses=tuple(misses))
         return PassResult(program=done, report=report)
 
-    def _factors(self, program: Program, site: Site, inputs: Tensor) -> Tensor:
+    def _factors(self, weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
         """The power of two for each channel, 1 where it was never active."""
-        weights = torch.zeros_like(inputs)
-        for name in site.readers:
-            weights = torch.maximum(weights, program.weights.evaluate(name).float().abs().amax(0))
-        factors = inputs.clamp_min(_LEAST) ** self.alpha / weights.clamp_min(_LEAST) ** (1 - self.alpha)
-        factors = torch.where((inputs > 0) & (weights > 0), factors, 1.0)
+        largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+        factors = inputs.clamp_min(_LEAST) ** self.alpha / largest.clamp_min(_LEAST) ** (1 - self.alpha)
+        factors = torch.where((inputs > 0) & (largest > 0), factors, 1.0)
         middle = factors.log2().median()
         return torch.exp2((factors.log2() - middle).round().clamp(-12, 12))
+
+
+def _error(weights: Sequence[Tensor], seen: Seen, factors: Tensor | None) -> float:
+    """The part of the products with the rows seen that is lost by rounding both sides to 8 bits."""
+    by = torch.ones_like(seen.top) if factors is None else factors
+    rows = round_rows(seen.rows / by, _INPUTS)
+    lost = whole = 0.0
+    for weight in weights:
+        exact = seen.rows @ weight.T
+        coded = quantize_rtn(weight * by, _WEIGHTS)
+        rounded = rows @ dequantize_rows(*coded, _WEIGHTS, weight.shape[1]).T
+        lost += float((rounded - exact).square().sum())
+        whole += float(exact.square().sum())
+    return lost / whole if whole else 0.0
 
 
 def foldable_sites(graph: fx.Graph, program: Program) -> tuple[list[Site], list[str]]:
@@ -183,10 +212,12 @@ def fold_factors(program: Program, site: Site, factors: Tensor, changed: dict[st
         changed[fold.name] = Scaled(current, Constant(whole), 0, fold.offset)
 
 
-def _decision(site: Site, factors: Tensor) -> Decision:
-    low, high = float(factors.min()), float(factors.max())
+def _decision(site: Site, factors: Tensor | None, found: float, plain: float) -> Decision:
+    choice = "left as it is"
+    if factors is not None:
+        choice = f"divided by powers of two from {float(factors.min()):g} to {float(factors.max()):g}"
     return Decision(
         subject=site.folds[0].name,
-        choice=f"divided by powers of two from {low:g} to {high:g}",
-        reason=f"balanced against {', '.join(site.readers)}",
+        choice=choice,
+        reason=f"balanced against {', '.join(site.readers)}: relative error {found:.3g}, without {plain:.3g}",
     )

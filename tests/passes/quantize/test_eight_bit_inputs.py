@@ -63,7 +63,7 @@ def with_outliers(program, times):
 
 @pytest.mark.parametrize("fused", [(), FUSE])
 def test_balancing_changes_weights_and_not_the_function(toy, fused):
-    program = run(toy(), *fused)
+    program = run(with_outliers(toy(), 60.0), *fused)
     done = run(program, Smooth(expect=1))
     assert error(program, done) < 1e-6
     (record,) = done.history[-1:]
@@ -85,6 +85,17 @@ def test_balancing_recovers_what_outliers_cost(toy):
     recovered = error(plain, run(planted, Smooth(alpha=0.8), *rounding))
     assert lost > 2 * least
     assert (lost - recovered) / (lost - least) > 0.8
+
+
+def test_what_balancing_saves_too_little_of_is_left(toy):
+    planted = with_outliers(toy(), 60.0)
+    done = run(planted, Smooth(least_gain=1.0))
+    assert all(done.weights[name] is planted.weights[name] for name in planted.weights)
+    assert {decision.choice for decision in done.history[-1].decisions} == {"left as it is"}
+    for decision in run(planted, Smooth()).history[-1].decisions:
+        found, plain = map(float, decision.reason.split("relative error ")[1].split(", without "))
+        if abs(found / plain - 0.9) > 0.01:  # they are rounded where they are said
+            assert (decision.choice == "left as it is") == (found > 0.9 * plain), decision
 
 
 def test_balancing_without_tokens_is_refused(toy):
