@@ -44,6 +44,21 @@ class Detokenizer:
             self._slide()
         return new
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """The text that `token_ids` complete: as `push` of each, but decoded once where they end between
+        characters."""
+        if len(token_ids) > 1:
+            num_before = len(self._window)
+            self._window.extend(token_ids)
+            text = self._decode()
+            if text.startswith(self._told) and REPLACEMENT not in text[len(self._told) :]:
+                new = self._tell(text)
+                if new:
+                    self._slide()
+                return new
+            del self._window[num_before:]
+        return "".join([self.push(token_id) for token_id in token_ids])
+
     def finish(self) -> str:
         """What is still held: bytes that never became a character."""
         return self._tell(self._decode())

@@ -3,6 +3,7 @@ that were accepted. A decision changes when tokens come, never which."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -10,13 +11,15 @@ from dataclasses import dataclass
 
 from .pace import Pace
 
-# Drafting must promise this much more speed than plain decoding, since the promise is an estimate.
-MARGIN = 1.03
+# Drafting must promise this much more speed than plain decoding, since the promise is an estimate: the first
+# to go on, the second to begin again once it did not pay, so that what is about even does not come and go.
+MARGIN, MARGIN_TO_BEGIN = 1.03, 1.05
 # Where it does not pay by what was accepted so far, it is tried again after so many steps; each time that it
 # still does not, after twice as many, up to the second number.
 PROBE_STEPS, MOST_PROBE_STEPS = 100, 1600
-# Steps of one trial. In the first a draft model catches up: it says nothing of what drafting costs.
-PROBE_RUN = 3
+# Steps of one trial. In the first ones a draft model catches up, and caches hold little of it: they say
+# nothing of what drafting costs.
+PROBE_RUN, UNTYPICAL = 4, 2
 # A draft model reads all of a request before its first draft: a trial waits for one of at most so many
 # tokens, until so many times as many steps have passed.
 PROBE_TOKENS, PROBE_PATIENCE = 64, 4
@@ -25,6 +28,9 @@ PROBE_TOKENS, PROBE_PATIENCE = 64, 4
 PLAIN_EVERY, PLAIN_RUN = 128, 4
 # Decisions change when what drafted steps take does by more than this.
 _NOTABLE = 0.02
+# What is best for a draft model is asked again when so many more drafts were told of, for each request:
+# asking each time takes a hundredth of a small model's step.
+_STANDING = 8
 # What is believed of the first drafts, as so many of them at this share; and how slowly it is forgotten.
 _PRIOR_SHARE, _PRIOR_WEIGHT = 0.7, 8.0
 _MEMORY = 256.0
@@ -101,6 +107,24 @@ class Acceptance:
         return sums
 
 
+@dataclass(frozen=True, slots=True)
+class _Excess:
+    """Drafted steps that were expected to take `expected_s` took `factor` times as long."""
+
+    factor: float
+    expected_s: float
+
+    def applied(self, expected_s: float) -> float:
+        """What a step then takes. What comes on top does not grow with the number of drafts: most of it comes
+        before and behind each step."""
+        if self.factor <= 1.0:
+            return expected_s * self.factor
+        return expected_s + (self.factor - 1.0) * min(expected_s, self.expected_s)
+
+
+_AS_TOLD = _Excess(1.0, 0.0)
+
+
 class DraftPolicy:
     """Decides how many tokens to draft, step by step. Without `costs` it is always as many as allowed.
 
@@ -115,16 +139,17 @@ class DraftPolicy:
         self._costs = costs
         self._seconds: dict[tuple[int, int, int, int], float] = {}
         self._hopes: dict[tuple[int, bool], bool] = {}
-        self._answers: dict[int, int] = {}  # of `_best` for as long as nothing more is observed
+        self._answers: dict[tuple[int, bool], int] = {}  # of `_best` until some more was observed
         self._answered_at = 0
         self._steps_without = 0
         self._steps_with = 0
         self._probe_steps = PROBE_STEPS
         self._probe_left = 0
         self._was_drafted = False
+        self._num_alike = UNTYPICAL  # steps since drafted and plain ones last took turns
         self._plain: dict[int, Pace] = {}  # by the size of the number of requests
         self._drafted: dict[int, Pace] = {}
-        self._told: dict[int, float] = {}  # of `_drafted`, what decisions are made by
+        self._told: dict[int, _Excess] = {}  # of `_drafted`, what decisions are made by
 
     def can_pay(self, num_requests: int, is_free: bool) -> bool:
         """Whether drafting for all or some of `num_requests` requests would pay if every draft were accepted.
@@ -140,6 +165,12 @@ class DraftPolicy:
                 self._best(num_requests, each, certain, hopes=True) for each in some
             )
         return found
+
+    def steps_of(self, seconds: float, num_requests: int) -> int:
+        """How many plain steps of `num_requests` requests take `seconds`, rounded up; one without costs."""
+        if self._costs is None:
+            return 1
+        return math.ceil(seconds / max(self._step_s(num_requests, num_requests, 0, 0), 1e-9))
 
     @property
     def is_off(self) -> bool:
@@ -183,9 +214,10 @@ class DraftPolicy:
         """A step of `num_requests` requests with `num_tokens` tokens, drafts included, took `seconds`; before
         it, `num_drawn` tokens were drafted for each of `num_asked` requests."""
         is_drafted = num_tokens > num_requests
-        is_first = is_drafted != self._was_drafted and (not is_drafted or num_drawn > 0)
+        self._num_alike = self._num_alike + 1 if is_drafted == self._was_drafted else 1
         self._was_drafted = is_drafted
-        if self._costs is None or seconds <= 0 or is_first:
+        num_untypical = 1 if not is_drafted else UNTYPICAL if num_drawn else 0
+        if self._costs is None or seconds <= 0 or self._num_alike <= num_untypical:
             return
         expected_s = self._step_s(num_requests, num_tokens, num_asked, num_drawn)
         size = num_requests.bit_length()
@@ -197,8 +229,8 @@ class DraftPolicy:
         drafted = self._drafted.setdefault(size, Pace())
         if expected_s > 0:
             drafted.observe(seconds / (expected_s * plain.factor))
-        if abs(drafted.factor / self._told.get(size, 1.0) - 1) > _NOTABLE:
-            self._told[size] = drafted.factor
+        if abs(drafted.factor / self._told.get(size, _AS_TOLD).factor - 1) > _NOTABLE:
+            self._told[size] = _Excess(drafted.factor, expected_s)
             self._answers.clear()
             self._hopes.clear()
 
@@ -208,15 +240,16 @@ class DraftPolicy:
 
     def _expected_best(self, num_requests: int, lengths: Sequence[int] | None) -> int:
         """What is best by what was accepted so far."""
+        margin = MARGIN_TO_BEGIN if self.is_off else MARGIN
         if lengths is not None:
-            return self._best(num_requests, lengths, self.acceptance.expected())
-        if self._answered_at != self.acceptance.num_observed:
+            return self._best(num_requests, lengths, self.acceptance.expected(), margin)
+        if self.acceptance.num_observed >= self._answered_at + _STANDING * num_requests:
             self._answers.clear()
             self._answered_at = self.acceptance.num_observed
-        best = self._answers.get(num_requests)
+        best = self._answers.get((num_requests, self.is_off))
         if best is None:
-            best = self._best(num_requests, None, self.acceptance.expected())
-            self._answers[num_requests] = best
+            best = self._best(num_requests, None, self.acceptance.expected(), margin)
+            self._answers[num_requests, self.is_off] = best
         return best
 
     def _best(
@@ -224,15 +257,17 @@ class DraftPolicy:
         num_requests: int,
         lengths: Sequence[int] | None,
         expected: Sequence[float],
+        margin: float = MARGIN,
         *,
         hopes: bool = False,
     ) -> int:
-        """The number of drafts that promises most. Who `hopes` believes the table where steps took longer."""
-        slower = self._told.get(num_requests.bit_length(), 1.0)
-        if hopes:
-            slower = min(1.0, slower)
+        """The number of drafts that promises most, at least `margin` times what none do. Who `hopes` believes
+        the table where steps took longer."""
+        excess = self._told.get(num_requests.bit_length(), _AS_TOLD)
+        if hopes and excess.factor > 1.0:
+            excess = _AS_TOLD
         plain_s = self._step_s(num_requests, num_requests, 0, 0)
-        best, best_rate = 0, MARGIN * num_requests / plain_s if plain_s > 0 else 0.0
+        best, best_rate = 0, margin * num_requests / plain_s if plain_s > 0 else 0.0
         at_hand = Counter(lengths or ())
         for count in range(1, self.most + 1):
             if lengths is None:
@@ -242,7 +277,7 @@ class DraftPolicy:
                 num_expected = sum(times * expected[min(count, length)] for length, times in at_hand.items())
             num_drawn = count if lengths is None else 0
             seconds = self._step_s(num_requests, num_requests + num_drafted, num_requests, num_drawn)
-            rate = (num_requests + num_expected) / max(seconds * slower, 1e-12)
+            rate = (num_requests + num_expected) / max(excess.applied(seconds), 1e-12)
             if rate > best_rate:
                 best, best_rate = count, rate
         return best

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from ..spec.errors import DeviceLostError, InternalError
 from .admission import check_request, make_limits
@@ -33,6 +35,7 @@ from .speculation import Speculator, make_speculator
 from .step import Step, build_plan, check_result, describe, row_entry
 
 Clock = Callable[[], float]
+_NO_DIFF = RowDiff()
 
 
 @dataclass(slots=True)
@@ -54,8 +57,7 @@ class EngineStats:
     responses: ResponseStats = field(default_factory=ResponseStats)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Flight:
+class _Flight(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A submitted step."""
 
     ticket: Ticket
@@ -88,6 +90,7 @@ class Engine:
         self.blocks = BlockManager(caps.cache, caps.num_blocks, self.config.prefix_cache)
         self.limits = make_limits(self.config, caps, self.blocks.max_sequence_tokens)
         self._speculator = speculator or make_speculator(self.config, executor, costs)
+        self.speculates = True  # who compares turns it off: nothing is drafted meanwhile
         self.fairness = FairShare(self.config.prompt_weight, self.config.output_weight)
         self._scheduler = Scheduler(
             self.blocks,
@@ -110,7 +113,7 @@ class Engine:
         self._in_flight: deque[_Flight] = deque()
         self._deadlines: list[tuple[float, int]] = []
         self._outputs: list[RequestOutput] = []
-        self._verified: Counter[tuple[int, int]] = Counter()
+        self._verified: dict[tuple[int, int], int] = {}  # (drafted, accepted) of a step's requests
         self._epoch = 0
         self.stats = EngineStats()
 
@@ -174,7 +177,8 @@ class Engine:
         """Keeps the executor busy, waits for one step, and returns what there is to tell."""
         self._expire()
         before = self._epoch
-        asks = self._speculator is not None and not self._speculator.is_resting and not self._in_flight
+        speculator = self._speculator if self.speculates else None
+        asks = speculator is not None and not speculator.is_resting and not self._in_flight
         started_s = self._clock() if asks else None
         while len(self._in_flight) < self._max_in_flight and self._launch():
             pass
@@ -224,8 +228,9 @@ class Engine:
             return False
         step = self._reserve(decision)
         try:
-            self._executor.apply(step.diff)
-            self._leaving.clear()
+            if step.diff is not _NO_DIFF:
+                self._executor.apply(step.diff)
+                self._leaving.clear()
             ticket = self._executor.submit(step.plan)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to this step alone
             self._fail(step.chunks, error)
@@ -234,7 +239,7 @@ class Engine:
         return True
 
     def _drafts(self) -> dict[RunningRequest, tuple[int, ...]]:
-        if self._speculator is None:
+        if self._speculator is None or not self.speculates:
             return {}
         if self._speculator.is_resting:
             return self._speculator.propose(())
@@ -261,7 +266,9 @@ class Engine:
             entered.append(request)
             end = hit.num_tokens + num_tokens
             chunks.append(Chunk(request, hit.num_tokens, num_tokens, (), end == len(request.token_ids)))
-        diff = RowDiff(enter=tuple(map(row_entry, entered)), leave=tuple(self._leaving))
+        diff = _NO_DIFF
+        if entered or self._leaving:
+            diff = RowDiff(enter=tuple(map(row_entry, entered)), leave=tuple(self._leaving))
         plan = build_plan(self._epoch + 1, chunks, self.blocks, self.limits.vocab_size)
         return Step(plan=plan, diff=diff, chunks=chunks)
 
@@ -310,7 +317,8 @@ class Engine:
         if draft_ids:
             request.has_drafts_pending = False
             request.num_scheduled = end
-            self._verified[len(draft_ids), row.num_accepted] += 1
+            counted = len(draft_ids), row.num_accepted
+            self._verified[counted] = self._verified.get(counted, 0) + 1
         token_ids, reason = self._append(request, row.token_ids) if samples else ((), None)
         self.fairness.generate(request.request.key, len(token_ids))
         request.num_computed = min(end, len(request.token_ids))
@@ -364,12 +372,13 @@ class Engine:
         for (num_drafted, num_accepted), times in self._verified.items():
             if self._speculator is not None:
                 self._speculator.observe(num_drafted, num_accepted, times)
-            missing = [0] * (num_drafted - len(stats.drafted_at))
-            stats.drafted_at.extend(missing)
-            stats.accepted_at.extend(missing)
+            while len(stats.drafted_at) < num_drafted:
+                stats.drafted_at.append(0)
+                stats.accepted_at.append(0)
             for place in range(num_drafted):
                 stats.drafted_at[place] += times
-                stats.accepted_at[place] += times if place < num_accepted else 0
+            for place in range(num_accepted):
+                stats.accepted_at[place] += times
         self._verified.clear()
 
     def _preempt(self, request: RunningRequest) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from .protocol import TokenLogprob
 from .request import FinishReason
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamChunk:
+class StreamChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """News of completion number `index` of one request. Text may come later than its tokens, never before.
     `stop_reason` is the stop string or token id that ended it; `error` is one line for reason ERROR.
     `num_cached_tokens` of the prompt came from the prefix cache; `time_s` is the engine's clock, and so is

@@ -4,18 +4,21 @@ clock."""
 from __future__ import annotations
 
 import math
+import statistics
 
-# The share that one step has in what is believed, once many were seen; and how far one pulls, in logarithms,
-# since a step that was disturbed takes many times as long as others.
+# The share that one step has in what is believed, once many were seen; how far one pulls, in logarithms, as a
+# disturbed step takes many times as long as others; and of how many at first, from how many on, the middle
+# one is believed, so that a disturbed one does not decide.
 LEAST_SHARE = 0.05
 MOST_PULL = 0.7
+FEWEST, FIRST = 3, 7
 
 
 class Pace:
-    """A running mean of ratios, measured seconds over expected ones. 1 until something was observed."""
+    """A running mean of ratios, measured seconds over expected ones. 1 until a few were observed."""
 
     def __init__(self) -> None:
-        self.num_observed = 0
+        self._first: list[float] = []
         self._log = 0.0
 
     @property
@@ -25,6 +28,9 @@ class Pace:
 
     def observe(self, ratio: float) -> None:
         """One more step; `ratio` is positive."""
-        self.num_observed += 1
-        pull = min(max(math.log(ratio) - self._log, -MOST_PULL), MOST_PULL)
-        self._log += max(LEAST_SHARE, 1 / self.num_observed) * pull
+        if len(self._first) < FIRST:
+            self._first.append(math.log(ratio))
+            if len(self._first) >= FEWEST:
+                self._log = statistics.median(self._first)
+            return
+        self._log += LEAST_SHARE * min(max(math.log(ratio) - self._log, -MOST_PULL), MOST_PULL)

@@ -81,8 +81,7 @@ class RowEntry:
     sampling: SamplingState
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowDiff:
+class RowDiff(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Rows entered and left since the last diff, applied before the next `submit`.
 
     A row in both lists leaves first. Leaving a row forgets its tokens and block tables; the pages are
@@ -130,8 +129,7 @@ class BlockCopy:
     target: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One step over a ragged batch. `epoch` grows by one a step; a block freed in epoch e may be
     written again only by plans made after the result of epoch e was collected.
 
@@ -150,7 +148,7 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Tokens over all segments: the T of the graph."""
-        return sum(segment.num_tokens for segment in self.segments)
+        return sum([segment.num_tokens for segment in self.segments])
 
     def masks(self) -> list[NDArray[np.uint32] | None]:
         """The rows of `grammar_mask` that belong to each segment."""
@@ -184,8 +182,7 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     finite: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Results in the order of the plan's segments."""
 
     step_id: int
@@ -193,8 +190,7 @@ class StepResult:
     rows: tuple[RowResult, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drafts:
+class Drafts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Proposed continuations, one tuple per asked row, each of at most k tokens."""
 
     token_ids: tuple[tuple[int, ...], ...]

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from .detokenize import Detokenizer
 from .outputs import StreamChunk
 from .params import SamplingParams
@@ -28,8 +30,22 @@ class TextState:
             Detokenizer(tokenizer, prompt_ids, params.skip_special_tokens) if tokenizer is not None else None
         )
         self._matcher = StopMatcher(params.stop)
+        self._has_stops = bool(params.stop)
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
+
+    def push_all(self, token_ids: Sequence[int]) -> tuple[str, int, str | None]:
+        """(text that may be shown, tokens that belong to it, stop string that was met) of some tokens."""
+        if not self._has_stops:
+            shown = self._detokenizer.push_all(token_ids) if self._detokenizer is not None else ""
+            return shown, len(token_ids), None
+        pieces: list[str] = []
+        for place, token_id in enumerate(token_ids):
+            piece, matched = self.push(token_id)
+            pieces.append(piece)
+            if matched is not None:
+                return "".join(pieces), place + 1, matched
+        return "".join(pieces), len(token_ids), None
 
     def push(self, token_id: int) -> tuple[str, str | None]:
         """(text that may be shown, stop string that was met)."""
@@ -77,7 +93,7 @@ class _Completion:
         text, tokens = min(skipped.text, len(chunk.text)), min(skipped.tokens, len(chunk.token_ids))
         prompt = min(skipped.prompt_logprobs, len(chunk.prompt_logprobs))
         if text or tokens or prompt:
-            chunk = replace(
+            chunk = msgspec.structs.replace(
                 chunk,
                 text=chunk.text[text:],
                 token_ids=chunk.token_ids[tokens:],
@@ -237,14 +253,9 @@ class Session:
 
     def _read(self, completion: _Completion, output: RequestOutput) -> tuple[str, int, str | None]:
         """(text, tokens that belong to it, stop string) of new tokens; a stop token has no text."""
-        pieces: list[str] = []
+        token_ids = output.token_ids
         ends = output.finished is not None and output.finished.reason is FinishReason.STOP
-        for place, token_id in enumerate(output.token_ids):
-            is_last = place + 1 == len(output.token_ids)
-            if ends and is_last and token_id in completion.request.stop_token_ids:
-                break
-            piece, matched = completion.text.push(token_id)
-            pieces.append(piece)
-            if matched is not None:
-                return "".join(pieces), place + 1, matched
-        return "".join(pieces), len(output.token_ids), None
+        if not ends or not completion.request.stop_token_ids.issuperset(token_ids[-1:]):
+            return completion.text.push_all(token_ids)
+        text, num_kept, matched = completion.text.push_all(token_ids[:-1])
+        return text, num_kept if matched is not None else len(token_ids), matched

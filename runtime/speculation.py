@@ -17,9 +17,16 @@ from .scheduler import Chunk
 # draft model would be, which takes a hundredth of a small model's step.
 MOST_REST = 15
 QUESTION_REST = 7
-# Looking where nothing is found takes as long: one more step passes between two looks each time that so many
-# in a row have found nothing, up to a number that delays no draft by much.
-MISSES, MOST_MISS_REST = 4, 3
+# Looking takes time where nothing is found, too: with a small model a tenth of a step, whatever the machine,
+# mostly to fetch what was driven out of its caches. After so many looks in vain one more step passes between
+# two, then three, seven and so on, as long as looking takes more than this share of the steps.
+LOOK_S, LOOK_EACH_S = 30e-6, 8e-6
+LOOK_SHARE = 0.01
+MISSES = 4
+# A token id has fewer bits.
+_TOKEN_BITS = 32
+# Of an n-gram that occurs over and over so many places are compared, the last ones.
+_MOST_PLACES = 64
 
 
 class Proposer(Protocol):
@@ -39,21 +46,24 @@ class Proposer(Protocol):
 
 
 class NgramIndex:
-    """Where each n-gram of a growing token list occurred last, for n from `min_n` to `max_n`. Tokens are only
-    ever appended between calls."""
+    """Where the n-grams of a growing token list occurred, for n from `min_n` to `max_n`. Tokens are only ever
+    appended between calls."""
 
     def __init__(self, min_n: int, max_n: int) -> None:
-        self._sizes = range(max_n, min_n - 1, -1)
-        self._longest = max_n
-        self._next: dict[tuple[int, ...], int] = {}
-        self._length = 0
+        self._min_n = min_n
+        self._max_n = max_n
+        # Where the last place of each n-gram of `min_n` tokens ends, and of each place the one before it. A
+        # key is one number: of tuples, which are kept, Python's collector of cycles would look at all.
+        self._last: dict[int, int] = {}
+        self._before: list[int] = [-1] * min_n
         self._found = -1
 
     def propose(self, token_ids: Sequence[int], k: int) -> tuple[int, ...]:
         """The `k` tokens that followed the latest earlier occurrence of the longest matching suffix
-        (prompt lookup, Saxena 2023); a match that reaches the end continues into its own copy."""
+        (prompt lookup, Saxena 2023), among the last `_MOST_PLACES`; a match that reaches the end continues
+        into its own copy."""
         length = len(token_ids)
-        if length != self._length:
+        if length >= len(self._before):
             self._extend(token_ids, length)
         start = self._found
         if start < 0:
@@ -66,21 +76,29 @@ class NgramIndex:
         return tuple(draft)
 
     def _extend(self, token_ids: Sequence[int], length: int) -> None:
-        """Indexes every n-gram by where what follows it stands, or will stand; finds the longest of the last
-        ones that was there before."""
-        following, found = self._next, -1
-        for end in range(self._length + 1, length):
-            for size in self._sizes:
-                if size <= end:
-                    following[tuple(token_ids[end - size : end])] = end
-        longest = tuple(token_ids[-self._longest :])
-        for size in self._sizes:
-            if size <= length:
-                suffix = longest[-size:]
-                if found < 0:
-                    found = following.get(suffix, -1)
-                following[suffix] = length
-        self._length, self._found = length, found
+        """Indexes every place up to the end, and finds the best one for what follows there."""
+        last, before, size = self._last, self._before, self._min_n
+        for end in range(len(before), length + 1):
+            key = 0
+            for token_id in token_ids[end - size : end]:
+                key = key << _TOKEN_BITS | token_id
+            before.append(last.get(key, -1))
+            last[key] = end
+        self._found = self._longest(token_ids, length)
+
+    def _longest(self, token_ids: Sequence[int], length: int) -> int:
+        """Where the longest n-gram ends that the tokens end with, too, the latest of equal ones; or -1."""
+        best, best_size, place = -1, 0, self._before[length]
+        for _ in range(_MOST_PLACES):
+            if place < 0 or best_size == self._max_n:
+                break
+            size, most = self._min_n, min(self._max_n, place)
+            while size < most and token_ids[place - 1 - size] == token_ids[length - 1 - size]:
+                size += 1
+            if size > best_size:
+                best, best_size = place, size
+            place = self._before[place]
+        return best
 
 
 class NgramProposer:
@@ -182,12 +200,15 @@ class Speculator:
         policy = self._policy
         drafts = _usable(self._proposer.propose(requests, policy.most))
         count = policy.choose(len(requests), tuple(map(len, drafts.values())))
-        self._num_missed = 0 if drafts else self._num_missed + 1
-        if drafts and not count:
+        if count:
+            self._num_missed = self._rest = 0
+        elif drafts:
             self._num_resting = self._rest = min(2 * self._rest + 1, MOST_REST)
         else:
-            self._rest = 0
-            self._num_resting = min(self._num_missed // MISSES, MOST_MISS_REST)
+            self._num_missed += 1
+            looks_s = LOOK_S + LOOK_EACH_S * len(requests)
+            most = min(MOST_REST, policy.steps_of(looks_s / LOOK_SHARE, len(requests)) - 1)
+            self._num_resting = max(0, min(2 ** (self._num_missed // MISSES) - 1, most))
         if count == policy.most:
             return drafts
         return {request: draft_ids[:count] for request, draft_ids in drafts.items()} if count else {}

@@ -19,7 +19,8 @@ from .speculation import Speculator
 COUNTS = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # A curve is measured for about so long; what is left out continues the line.
 BUDGET_S = 0.2
-REPEATS = 12
+# The least of so many counts; of more than a few requests, which take longer, fewer.
+REPEATS, REPEATS_OF_MANY, FEW = 36, 12, 2
 # Steps of so many tokens are measured most often: a request and a few drafts.
 MOST_SMALL = 8
 _PROMPT_TOKENS = 4
@@ -59,6 +60,10 @@ def _rising(seconds: dict[int, float]) -> Curve:
     return Curve(tuple(reversed(points)))
 
 
+def _repeats(num_requests: int) -> int:
+    return REPEATS if num_requests <= FEW else REPEATS_OF_MANY
+
+
 class _Fixed:
     """Proposes the same token `count` times: what matters is that it is computed."""
 
@@ -88,7 +93,7 @@ class _Bench:
         engine = Engine(self._executor, self._config)
         found: dict[int, float] = {}
         for count in self._filled(engine):
-            seconds = min(self._seconds_of(engine.step) for _ in range(REPEATS))
+            seconds = min(self._seconds_of(engine.step) for _ in range(_repeats(count)))
             if engine.num_running == count:
                 found[count] = seconds
         self._finish(engine)
@@ -103,7 +108,7 @@ class _Bench:
         for count in self._filled(engine):
             rows = list(range(count))
             best = {1: float("inf"), 3: float("inf")}
-            for number in range(REPEATS):
+            for number in range(_repeats(count)):
                 engine.step()
                 engine.step()
                 if engine.num_running < count:

@@ -4,11 +4,12 @@ request maps to rows, segments and block changes; decides nothing."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from ..spec.errors import InternalError, LlmcError
 from .blocks import BlockManager
-from .grammar import build_mask
+from .grammar import Mask, build_mask
 from .protocol import (
     BlockChange,
     LogitsWanted,
@@ -23,8 +24,7 @@ from .request import RunningRequest
 from .scheduler import Chunk
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A reserved step: pages and rows are taken, the executor has not been told."""
 
     plan: StepPlan
@@ -46,12 +46,14 @@ def build_plan(epoch: int, chunks: Sequence[Chunk], blocks: BlockManager, vocab_
     """Takes the pages the chunks need and puts them into the executor's words."""
     segments: list[Segment] = []
     changes: list[BlockChange] = []
+    has_forms = False
     for request, start, num_tokens, draft_ids, samples in chunks:
         pages = request.blocks
         total = num_tokens + len(draft_ids)
         if start + total > pages.capacity:
             blocks.extend(pages, start + total)
         row = request.row
+        has_forms = has_forms or request.grammar is not None
         if pages.unsent:
             changes.extend(
                 BlockChange(group=group, row=row, index=index, block=block)
@@ -76,11 +78,14 @@ def build_plan(epoch: int, chunks: Sequence[Chunk], blocks: BlockManager, vocab_
         epoch=epoch,
         segments=tuple(segments),
         block_changes=tuple(changes),
-        grammar_mask=build_mask(
-            [(chunk.request.grammar if chunk.samples else None, chunk.draft_ids) for chunk in chunks],
-            vocab_size,
-        ),
+        grammar_mask=_mask(chunks, vocab_size) if has_forms else None,
     )
+
+
+def _mask(chunks: Sequence[Chunk], vocab_size: int) -> Mask | None:
+    """What the forms of its requests allow in a step."""
+    forms = [(chunk.request.grammar if chunk.samples else None, chunk.draft_ids) for chunk in chunks]
+    return build_mask(forms, vocab_size)
 
 
 def _logits_wanted(request: RunningRequest, start: int, has_drafts: bool, samples: bool) -> LogitsWanted:

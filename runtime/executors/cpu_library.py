@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from pathlib import Path
+from struct import Struct
 from typing import Any, NamedTuple
 
 import msgspec
@@ -131,7 +132,9 @@ class CpuLibrary:
         self._num_groups = len(num_pages)
         self._num_first = 9 + 3 * len(num_pages)
         fields = [*[0] * self._num_first, *bound, 0, 0, 0, _address(sample_scratch), 0, 0, 0]
-        self._fields = (ctypes.c_int64 * len(fields))(*fields)
+        self._fields = array("q", fields)
+        self._first, self._jobs, self._rounds = Struct(f"={self._num_first}q"), Struct("=3q"), Struct("=3q")
+        self._pointer = (ctypes.c_int64 * len(fields)).from_buffer(self._fields)
         self._alive = (caches, weights, arena, scratch, sample_scratch)
         self._engine: int | None = self._library.llmc_open(num_threads)
         if self._engine is None:
@@ -146,7 +149,8 @@ class CpuLibrary:
         """Run one step; the logits and the results of `inputs.jobs` are filled.
 
         With more than one round, each sequence's job draws a token that is its only one in the next round:
-        gives the tokens `[rounds, sequences]`, -1 from where a sequence's logits were not finite.
+        gives the tokens `[rounds, sequences]`, -1 from where a sequence's logits were not finite. None with
+        one round: its jobs have them.
         Raises InternalError for ids, positions, pages or rows that generated code would not survive.
         """
         if self._engine is None:
@@ -159,8 +163,10 @@ class CpuLibrary:
         num_sequences, groups = inputs.num_sequences, self._num_groups
         base = inputs.values.buffer_info()[0]
         addresses = [base + 8 * offset for offset in inputs.offsets]
-        fields = self._fields
-        fields[: self._num_first] = [
+        fields, size = self._fields, 8 * len(self._fields)
+        self._first.pack_into(
+            fields,
+            0,
             inputs.num_tokens,
             inputs.num_rows,
             num_sequences,
@@ -170,12 +176,12 @@ class CpuLibrary:
             *addresses[4::2],
             *addresses[5::2],
             *inputs.widths,
-        ]
+        )
+        self._jobs.pack_into(fields, size - 56, inputs.logits, inputs.jobs.address, inputs.jobs.length)
         drawn = array("q", bytes(8 * rounds * num_sequences if rounds > 1 else 0))
         memory = array("q", bytes(8 * ((4 + groups) * num_sequences + 1) if rounds > 1 else 0))
-        fields[-7:-4] = [inputs.logits, inputs.jobs.address, inputs.jobs.length]
-        fields[-3:] = [rounds, drawn.buffer_info()[0], memory.buffer_info()[0]]
-        fault = self._library.llmc_step(self._engine, fields, len(fields))
+        self._rounds.pack_into(fields, size - 24, rounds, drawn.buffer_info()[0], memory.buffer_info()[0])
+        fault = self._library.llmc_step(self._engine, self._pointer, len(fields))
         if fault:
             self._refuse(fault)
         return drawn

@@ -106,14 +106,18 @@ class CpuModel:
             if owners:
                 yield TileLogits(owners=owners, logits=self._logits[: len(owners)])
 
-    def can_draw(self, sequences: Sequence[SequencePart]) -> bool:
+    def takes(self, sequences: Sequence[SequencePart]) -> bool:
         """Whether one call takes all of `sequences`."""
-        num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
-        return len(sequences) <= self._unit.max_logit_rows and num_tokens <= self._unit.max_tokens
+        num_tokens = num_wanted = 0
+        for sequence in sequences:
+            num_tokens += len(sequence.token_ids)
+            num_wanted += len(sequence.wanted)
+        return num_wanted <= self._unit.max_logit_rows and num_tokens <= self._unit.max_tokens
 
-    def draw(self, sequences: Sequence[SequencePart], jobs: Jobs, rounds: int) -> array[int]:
-        """Runs `rounds` steps in one call: the job of each sequence, of which the last token is wanted, draws
-        the token that it goes on with. Tokens `[rounds, sequences]`, -1 where there is none."""
+    def run_once(self, sequences: Sequence[SequencePart], jobs: Jobs, rounds: int = 1) -> array[int]:
+        """Runs `sequences`, which it `takes`, in one call, and carries out `jobs`. With several rounds the
+        job of each sequence, of which the last token is wanted, draws the token that it goes on with: gives
+        the tokens `[rounds, sequences]`, -1 where there is none."""
         return self._library.step(step_inputs(self._layout, sequences, self._logits_address, jobs), rounds)
 
     def copy_pages(self, copies: Sequence[BlockCopy]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from struct import Struct
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -56,30 +55,41 @@ class CpuSampled:
     def results(self, outputs: Sequence[SegmentOutput], masks: Sequence[Mask | None]) -> list[RowResult]:
         collected = [Collected(output) for output in outputs]
         states = [self._state(output) for output in outputs]
+        sequences = [output.sequence for output in outputs]
+        if self._model.takes(sequences):
+            owners = tuple([(index, token) for index, each in enumerate(sequences) for token in each.wanted])
+            batch = JobBatch(owners, outputs, states, masks)
+            self._model.run_once(sequences, batch.jobs)
+            batch.give(collected)
+            return [one.result() for one in collected]
         batches: list[JobBatch] = []
 
         def jobs_of(owners: tuple[Owner, ...]) -> Jobs:
             batches.append(JobBatch(owners, outputs, states, masks))
             return batches[-1].jobs
 
-        for _ in self._model.run_jobs([output.sequence for output in outputs], jobs_of):
+        for _ in self._model.run_jobs(sequences, jobs_of):
             batches[-1].give(collected)
         return [one.result() for one in collected]
 
     def draw(self, outputs: Sequence[SegmentOutput], rounds: int) -> None:
         """As `stepped.StepModel` has it: all rounds in one call of generated code where it takes them."""
         sequences = [output.sequence for output in outputs]
-        if not self._model.can_draw(sequences):
+        if not self._model.takes(sequences):
             draw_by_steps(self, outputs, rounds)
             return
         states = [self._state(output, rounds - 1) for output in outputs]
         owners = tuple((index, output.first_sample) for index, output in enumerate(outputs))
         batch = JobBatch(owners, outputs, states, [None] * len(outputs))
-        drawn = self._model.draw(sequences, batch.jobs, rounds)
+        drawn = self._model.run_once(sequences, batch.jobs, rounds)
         if rounds == 1:
             drawn = batch.tokens()
         for index, output in enumerate(outputs):
-            output.row.token_ids.extend(takewhile(lambda token: token >= 0, drawn[index :: len(outputs)]))
+            known = output.row.token_ids
+            for token in drawn[index :: len(outputs)]:
+                if token < 0:
+                    break
+                known.append(token)
 
     def copy_pages(self, copies: Sequence[BlockCopy]) -> None:
         self._model.copy_pages(copies)

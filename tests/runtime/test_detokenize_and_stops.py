@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -82,6 +84,23 @@ def test_text_continues_its_prompt(kind, prompt, text):
 def test_any_bytes_stream_to_the_same_text(token_ids):
     tokenizer = KINDS["byte level"]
     assert "".join(stream(Detokenizer(tokenizer), token_ids)) == tokenizer.decode(token_ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_how_many_tokens_come_at_once_changes_no_text(kind, data):
+    """Of words, and of any bytes at all."""
+    tokenizer = KINDS[kind]
+    words = st.lists(TEXT.map(tokenizer.encode), max_size=4).map(lambda parts: [*itertools.chain(*parts)])
+    token_ids = data.draw(st.one_of(words, st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20)))
+    together = Detokenizer(tokenizer)
+    pieces, place = [], 0
+    while place < len(token_ids):
+        size = data.draw(st.integers(1, 5))
+        pieces.append(together.push_all(token_ids[place : place + size]))
+        place += size
+    assert "".join([*pieces, together.finish()]) == "".join(stream(Detokenizer(tokenizer), token_ids))
 
 
 def test_emoji_comes_whole():

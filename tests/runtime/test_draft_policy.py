@@ -26,7 +26,7 @@ from llmc.runtime.draft_policy import (
 from llmc.runtime.executors.simulated import SimulatedExecutor, simulated_caps
 from llmc.runtime.protocol import SamplingState
 from llmc.runtime.request import Request, RunningRequest
-from llmc.runtime.speculation import MOST_MISS_REST, MOST_REST, NgramIndex, Speculator
+from llmc.runtime.speculation import LOOK_EACH_S, LOOK_S, MOST_REST, NgramIndex, Speculator
 
 pytestmark = pytest.mark.pure
 
@@ -175,32 +175,32 @@ def test_where_a_text_repeats_nothing_drafts_are_looked_for_more_rarely():
             drafts = super().propose(requests, k)
             return drafts if self.has_some else {}
 
-    proposer = Found()
-    speculator = Speculator(proposer, DraftPolicy(4, BOUND))
-    requests, looked = [running(0)], []
-    for _ in range(64):
-        before = len(proposer.asked)
-        assert speculator.propose(requests) == {}
-        looked.append(len(proposer.asked) - before)
-    assert [step for step, times in enumerate(looked) if times][:12] == [
-        0,
-        1,
-        2,
-        3,
-        5,
-        7,
-        9,
-        11,
-        14,
-        17,
-        20,
-        23,
-    ]
-    assert sum(looked[24:]) == 40 // (MOST_MISS_REST + 1)
+    def looks(costs, steps):
+        proposer = Found()
+        speculator = Speculator(proposer, DraftPolicy(4, costs))
+        places = []
+        for step in range(steps):
+            before = len(proposer.asked)
+            assert speculator.propose([running(0)]) == {}
+            places += [step] * (len(proposer.asked) - before)
+        return places, proposer, speculator
+
+    def scaled(factor):
+        curves = (BOUND.decode, BOUND.verify, BOUND.draft)
+        decode, verify, draft = (
+            Curve(tuple((count, seconds * factor) for count, seconds in curve.points)) for curve in curves
+        )
+        return SpeculationCosts(decode=decode, verify=verify, draft=draft)
+
+    every_step = looks(scaled(LOOK_S * 1000), 40)[0]
+    assert every_step == [*range(40)]  # where a step takes long enough, a look costs nothing
+    assert looks(scaled((LOOK_S + LOOK_EACH_S) * 55), 14)[0] == [0, 1, 2, 3, 5, 7, 9, 11, 13]
+    places, proposer, speculator = looks(scaled(LOOK_S), 100)
+    assert places == [0, 1, 2, 3, 5, 7, 9, 11, 15, 19, 23, 27, 35, 43, 51, 59, 75, 91]
     proposer.has_some = True
-    steps = next(step for step in range(9) if speculator.propose(requests))
-    assert steps <= MOST_MISS_REST
-    assert speculator.propose(requests)  # and in every step from then on
+    steps = next(step for step in range(20) if speculator.propose([running(0)]))
+    assert steps <= MOST_REST
+    assert speculator.propose([running(0)])  # and in every step from then on
 
 
 def test_a_probe_with_a_draft_model_is_one_request():

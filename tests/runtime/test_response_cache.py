@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,7 +99,7 @@ def test_a_stream_gets_the_pieces_the_response_was_made_in(llm):
     first, second = stream(llm, "hello", params), stream(llm, "hello", params)
 
     def lasting(chunk):
-        return dataclasses.replace(
+        return msgspec.structs.replace(
             chunk, request_id="", time_s=0.0, admitted_s=None, num_cached_tokens=0, is_replayed=False
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 
 from llmc.runtime.admission import make_limits
@@ -160,7 +161,7 @@ def test_a_result_that_does_not_fit_is_refused(request_of, drained):
     class Babbling(NullExecutor):
         def collect(self, ticket):
             result = super().collect(ticket)
-            return dataclasses.replace(result, rows=result.rows[:-1])
+            return msgspec.structs.replace(result, rows=result.rows[:-1])
 
     engine = Engine(Babbling(simulated_caps()))
     engine.add_request(request_of(0, range(4)))

@@ -155,6 +155,21 @@ def test_drafts_save_steps(request_of, drained):
     assert steps["ngram"] < 50
 
 
+def test_an_engine_that_is_told_not_to_speculate_decodes_plainly_until_it_is_told_again(request_of, drained):
+    engine = Engine(
+        SimulatedExecutor(caps_for(["full"], 64, can_propose=True)), RuntimeConfig(speculation="draft")
+    )
+    steps, answers = [], set()
+    for number, engine.speculates in enumerate((False, True, False)):
+        before = engine.stats.num_steps
+        engine.add_request(request_of(number, [1, 8, 14, 15, 1, 8], 50))
+        answers.add(drained(engine)[number].output_token_ids)
+        steps.append(engine.stats.num_steps - before)
+    assert steps[0] == steps[2] == 50
+    assert steps[1] < 40
+    assert len(answers) == 1
+
+
 @pytest.mark.parametrize("length", range(9, 14))
 @pytest.mark.parametrize("names", [["full"], ["full", "window"], ["chunk"]], ids=str)
 def test_the_next_turn_hits_only_what_was_computed(names, length, request_of, drained):
