@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .pace import Pace
+from .pace import LEAST_SHARE, Pace
 
 # Drafting must promise this much more speed than plain decoding, since the promise is an estimate: the first
 # to go on, the second to begin again once it did not pay, so that what is about even does not come and go.
@@ -20,6 +20,8 @@ PROBE_STEPS, MOST_PROBE_STEPS = 100, 1600
 # Steps of one trial. In the first ones a draft model catches up, and caches hold little of it: they say
 # nothing of what drafting costs.
 PROBE_RUN, UNTYPICAL = 4, 2
+# What each other step of a trial counts for, since there are few: those before it may be long ago.
+PROBE_SHARE = 0.25
 # A draft model reads all of a request before its first draft: a trial waits for one of at most so many
 # tokens, until so many times as many steps have passed.
 PROBE_TOKENS, PROBE_PATIENCE = 64, 4
@@ -228,7 +230,8 @@ class DraftPolicy:
             return
         drafted = self._drafted.setdefault(size, Pace())
         if expected_s > 0:
-            drafted.observe(seconds / (expected_s * plain.factor))
+            share = PROBE_SHARE if self.is_off else LEAST_SHARE
+            drafted.observe(seconds / (expected_s * plain.factor), share)
         if abs(drafted.factor / self._told.get(size, _AS_TOLD).factor - 1) > _NOTABLE:
             self._told[size] = _Excess(drafted.factor, expected_s)
             self._answers.clear()

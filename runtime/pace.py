@@ -26,11 +26,11 @@ class Pace:
         """What to multiply expected seconds with."""
         return math.exp(self._log)
 
-    def observe(self, ratio: float) -> None:
-        """One more step; `ratio` is positive."""
+    def observe(self, ratio: float, share: float = LEAST_SHARE) -> None:
+        """One more step, and what it counts for; `ratio` is positive."""
         if len(self._first) < FIRST:
             self._first.append(math.log(ratio))
             if len(self._first) >= FEWEST:
                 self._log = statistics.median(self._first)
             return
-        self._log += LEAST_SHARE * min(max(math.log(ratio) - self._log, -MOST_PULL), MOST_PULL)
+        self._log += share * min(max(math.log(ratio) - self._log, -MOST_PULL), MOST_PULL)

@@ -299,7 +299,9 @@ LLMC_KERNEL void load_queries(const AttentionShape& a, const AttentionBatch& b, 
       const int64_t row = t * tile.heads + h, head = tile.group * group_heads(a) + tile.first_head + h;
       const float* q = b.q + (tile.first_row + t) * b.ldq + head * a.k_width;
       float* to = s.q + row * width;
-      for (int64_t i = 0; i < width; ++i) to[i] = i < a.k_width ? q[i] * factor : 0.0f;
+      int64_t i = 0;
+      for (; i + 16 <= a.k_width; i += 16) store(to + i, load(q + i) * set1(factor));
+      for (; i < width; ++i) to[i] = i < a.k_width ? q[i] * factor : 0.0f;
       state->position[row] = b.positions[tile.first_row + t];
       if (sizeof(T) == 1) limbs[row] = query_limbs(to, width, s.limbs + row * round_up<int64_t>(width * 2, 64));
     }

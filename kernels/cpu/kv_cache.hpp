@@ -64,6 +64,32 @@ LLMC_INLINE void write_v(char* block, int64_t offset, const float* values, const
   for (int64_t i = 0; i < padded; ++i) put_v(chunk, token, i, padded, i < shape.v_width ? values[i] : 0.0f);
 }
 
+// bfloat16 is rounded sixteen values at a time.
+template <>
+LLMC_INLINE void write_k<bf16>(char* block, int64_t offset, const float* values, const CacheShape<bf16>& shape) {
+  bf16* chunk = reinterpret_cast<bf16*>(block + shape.k_chunk(offset));
+  const int token = static_cast<int>(offset % kChunk);
+  const int64_t padded = cache_width(shape.k_width);
+  int64_t i = 0;
+  for (bf16 some[16]; i + 16 <= shape.k_width; i += 16) {
+    store(some, load(values + i));
+    for (int j = 0; j < 16; j += 2) std::memcpy(chunk + ((i + j) / 2 * kChunk + token) * 2, some + j, 4);
+  }
+  for (; i < padded; ++i) put_k(chunk, token, i, i < shape.k_width ? values[i] : 0.0f);
+}
+template <>
+LLMC_INLINE void write_v<bf16>(char* block, int64_t offset, const float* values, const CacheShape<bf16>& shape) {
+  bf16* chunk = reinterpret_cast<bf16*>(block + shape.v_chunk(offset));
+  const int token = static_cast<int>(offset % kChunk);
+  const int64_t padded = cache_width(shape.v_width);
+  int64_t i = 0;
+  for (bf16 some[16]; i + 16 <= shape.v_width; i += 16) {
+    store(some, load(values + i));
+    for (int j = 0; j < 16; ++j) chunk[(token / 2 * padded + i + j) * 2 + token % 2] = some[j];
+  }
+  for (; i < padded; ++i) put_v(chunk, token, i, padded, i < shape.v_width ? values[i] : 0.0f);
+}
+
 // The int8 scale of a row: largest magnitude / 127; NaN where the row is not finite. `factor` is its inverse.
 LLMC_INLINE float row_scale(const float* values, int64_t width, float* factor) {
   uint32_t top = 0;
