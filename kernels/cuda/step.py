@@ -85,23 +85,10 @@ def change_pages(changes_ptr, tables_ptr, pages):
 
 @triton.jit
 def settle(
-    row_of_ptr,
-    first_ptr,
-    count_ptr,
-    drafts_ptr,
-    best_ptr,
-    place_ptr,
-    bad_ptr,
-    score_ptr,
-    drawn_ptr,
-    state_ptr,
-    counts_ptr,
-    results_ptr,
-    width,
-    V: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    row_of_ptr, first_ptr, count_ptr, drafts_ptr, best_ptr, place_ptr, bad_ptr, score_ptr, drawn_ptr,
+    state_ptr, counts_ptr, results_ptr, width, V: tl.constexpr, CHUNKS: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """The samples of each segment up to the first that differs from its draft, and the rows that they change.
 
     Grid (segments,). Segment i has logit rows `first[i]` … `first[i] + count[i] - 1`, none where it is
