@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .pace import LEAST_SHARE, Pace
+from .pace import Pace
 
 # Drafting must promise this much more speed than plain decoding, since the promise is an estimate: the first
 # to go on, the second to begin again once it did not pay, so that what is about even does not come and go.
@@ -196,6 +196,8 @@ class DraftPolicy:
             return self.most
         best = self._expected_best(num_requests, lengths)
         if best:
+            if self.is_off and num_requests.bit_length() in self._drafted:
+                self._drafted[num_requests.bit_length()].restart()
             self._steps_without, self._probe_steps, self._probe_left = 0, PROBE_STEPS, 0
             place, self._steps_with = self._steps_with, (self._steps_with + 1) % PLAIN_EVERY
             return best if place < PLAIN_EVERY - PLAIN_RUN else 0
@@ -206,6 +208,8 @@ class DraftPolicy:
             certain = [float(count) for count in range(self.most + 1)]
             hopes = self._best(num_requests, lengths, certain, hopes=True)
             self._probe_left = PROBE_RUN if hopes else 0
+            if lengths is None and num_requests.bit_length() in self._drafted:
+                self._drafted[num_requests.bit_length()].relax()
         self.is_probe = self._probe_left > 0
         self._probe_left = max(0, self._probe_left - 1)
         return int(self.is_probe)
@@ -230,8 +234,17 @@ class DraftPolicy:
             return
         drafted = self._drafted.setdefault(size, Pace())
         if expected_s > 0:
-            share = PROBE_SHARE if self.is_off else LEAST_SHARE
-            drafted.observe(seconds / (expected_s * plain.factor), share)
+            ratio = seconds / (expected_s * plain.factor)
+            if not self.is_off:
+                drafted.observe(ratio)
+            elif not num_drawn or ratio < drafted.factor:
+                # Each call of a draft model that is seldom called takes longer than one of many.
+                drafted.observe(ratio, PROBE_SHARE)
+        self._tell(size, expected_s)
+
+    def _tell(self, size: int, expected_s: float) -> None:
+        """Decides by what was observed of drafted steps, where that has changed."""
+        drafted = self._drafted[size]
         if abs(drafted.factor / self._told.get(size, _AS_TOLD).factor - 1) > _NOTABLE:
             self._told[size] = _Excess(drafted.factor, expected_s)
             self._answers.clear()

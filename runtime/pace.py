@@ -34,3 +34,11 @@ class Pace:
                 self._log = statistics.median(self._first)
             return
         self._log += share * min(max(math.log(ratio) - self._log, -MOST_PULL), MOST_PULL)
+
+    def relax(self) -> None:
+        """What made steps slower is long ago: half of it is believed."""
+        self._log = min(self._log, 0.5 * self._log)
+
+    def restart(self) -> None:
+        """The middle one of the next few is believed again."""
+        self._first.clear()
