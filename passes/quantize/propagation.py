@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ir.finite import all_finite
 from ...spec.quant import QuantScheme
 from .grid import Grid, by_column, code_range
 
@@ -61,8 +62,11 @@ def _factor(gram: Tensor) -> tuple[Tensor, float | None]:
         lower, failed = torch.linalg.cholesky_ex(gram)
         if bool(failed):
             continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not bool(failed) and bool(upper.isfinite().all()):
+        # in the same memory: of wide inputs each of these takes half a gigabyte
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower, out=lower), upper=True)
+        del lower
+        # factors lie column by column, and of anything else extremes are found in a copy
+        if not bool(failed) and all_finite(upper.T):
             return upper, damping
     return gram, None
 
