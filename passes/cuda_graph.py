@@ -32,7 +32,11 @@ _LARGE_STEP = 64
 # Kernels of opening, sampling and settling a step, 12 of them only where top_k or top_p occur.
 _OWN_LAUNCHES = 17
 # What a product takes along is no launch of its own; attention in splits has a second, which merges them.
-_TAKEN_ALONG = ("llmc.rms_norm.default", "llmc.gated_activation_packed.default")
+_TAKEN_ALONG = (
+    "llmc.rms_norm.default",
+    "llmc.add_rms_norm.default",
+    "llmc.gated_activation_packed.default",
+)
 _ATTENTION = "llmc.paged_attention.default"
 # From one launch to the next while recording, in Python, and for the driver to make it a node.
 _LAUNCH_S = 60e-6
