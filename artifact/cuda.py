@@ -65,27 +65,28 @@ class ArenaPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TunedProduct:
-    """What was measured to be fastest for a class of products (`kernels.cuda.variants`): columns of the
-    weight and warps of a program, and loads ahead."""
+class ProductVariant:
+    """What a class of products (`kernels.cuda.variants`) takes: columns of the weight and warps of a program,
+    and loads ahead; and how that was chosen."""
 
     product: str
     columns: int
     warps: int
     stages: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaUnit:
     """All kernels of an artifact, for every architecture, the weights that they read in a form of their own,
-    and the memory of captured steps, fewest rows first. `tuned` are the choices that differ from the shipped
-    ones, measured on `tuned_on`."""
+    and the memory of captured steps, fewest rows first. `variants` are the choices for all its
+    products; `tuned_on` is the device that some were measured on, where any was."""
 
     triton: str
     kernels: tuple[CudaKernel, ...]
     words: tuple[WordWeight, ...]
     arenas: tuple[ArenaPlan, ...] = ()
-    tuned: tuple[TunedProduct, ...] = ()
+    variants: tuple[ProductVariant, ...] = ()
     tuned_on: str = ""
 
     @property

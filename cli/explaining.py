@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..spec.errors import UsageError
 from .collector import collector_paused
@@ -67,21 +67,35 @@ def describe_changes(path: Path, other: Path) -> Description:
 
 
 def describe_kernels(path: Path) -> Description:
-    """Which kernel each node of the artifact at `path` runs, and what lost where there was a choice."""
+    """Which kernel each node of the artifact at `path` runs, and what lost where there was a choice; for
+    GPUs, the variant of every class of products, and how it was chosen."""
+    from ..artifact.cuda import CUDA_UNIT, decode_unit
     from ..artifact.placement import node_kernels
     from ..artifact.reader import open_unchecked
 
     artifact = open_unchecked(path)
-    found = node_kernels(artifact)
-    if not found:
-        kind = artifact.manifest.target.kind
+    found, kind = node_kernels(artifact), artifact.manifest.target.kind
+    variants = decode_unit(artifact.read_bytes(CUDA_UNIT)).variants if kind == "cuda" else ()
+    if not found and not variants:
         text = f"No pass had a choice of kernels for {kind}, whose nodes run the operators of the program."
         return Description({"kernels": []}, text)
     rows = [
         (line.node, line.kernel, f"{line.choice}: {line.reason}" if line.choice else "") for line in found
     ]
-    text = table(rows, ("node", "kernel", "choice, and what it was compared with"))
-    return Description({"kernels": [asdict(line) for line in found]}, text)
+    parts = [table(rows, ("node", "kernel", "choice, and what it was compared with"))] if rows else []
+    data: dict[str, Any] = {"kernels": [asdict(line) for line in found]}
+    if variants:
+        taken = [
+            (
+                each.product,
+                f"{each.columns} columns, {each.warps} warps, {each.stages} loads ahead",
+                each.reason,
+            )
+            for each in variants
+        ]
+        parts.append(table(taken, ("product, rows a program", "variant", "how it was chosen")))
+        data["variants"] = [asdict(each) for each in variants]
+    return Description(data, "\n\n".join(parts))
 
 
 def describe_bytes(path: Path) -> Description:

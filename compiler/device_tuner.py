@@ -15,6 +15,7 @@ from ..codegen.cuda.assemble import assemble, kernel_of
 from ..codegen.cuda.tuning import Measured, Site, measure
 from ..ir.weights import WeightStore
 from ..kernels.cuda.launch import Launch, Specialisation
+from ..kernels.cuda.variant_table import Choices
 
 if TYPE_CHECKING:
     from ..runtime.executors.cuda_device import Device
@@ -59,7 +60,8 @@ def measure_on_device(sites: Sequence[Site], weights: WeightStore) -> tuple[list
     torch.zeros(1, device=_DEVICE)  # makes torch's context the current one
     device, driver = Device(_DEVICE), CudaDriver()
     major, minor = torch.cuda.get_device_capability(_DEVICE)
-    kernels = DeviceKernels(device, driver, f"sm_{10 * major + minor}")
+    architecture = f"sm_{10 * major + minor}"
+    kernels = DeviceKernels(device, driver, architecture)
     kept: dict[str, torch.Tensor] = {}
 
     def weight(name: str) -> torch.Tensor:
@@ -82,5 +84,5 @@ def measure_on_device(sites: Sequence[Site], weights: WeightStore) -> tuple[list
         return statistics.median(samples)
 
     with device.scope():
-        found = measure(sites, weight, kernels, timer, kernels.prepare)
+        found = measure(sites, weight, kernels, timer, kernels.prepare, choose=Choices(architecture))
     return found, torch.cuda.get_device_name(_DEVICE)

@@ -3,20 +3,20 @@ measured on the one of this machine. The original model is not needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..artifact.cuda import CUDA_UNIT, CudaUnit, TunedProduct, decode_unit
+from ..artifact.cuda import CUDA_UNIT, CudaUnit, decode_unit
 from ..artifact.reader import Artifact, open_artifact
 from ..artifact.writer import ArtifactWriter
 from ..codegen.base import RecallBytes
 from ..ir.program import Program
 from ..ir.weights import WeightStore
-from ..kernels.cuda.variants import Variant
+from ..kernels.cuda.variant_table import Choices, newest
 from ..spec.errors import TargetError
 from ..spec.target import Target, parse_target
 from .cache.config import CacheConfig
@@ -68,15 +68,15 @@ def retarget_artifact(
     where = ""
     if measure is not None:
         findings, where = measure(sites_of(program, weights), program.weights)
-    variants = choices(findings)
+    taken = Choices(newest(wanted.levels), choices(findings), where)
     with (
         ArtifactWriter(output, force=force, needed_bytes=artifact.size_bytes) as writer,
         CompileCache(CacheConfig.from_environment()) as cache,
     ):
         _copy_others(artifact, writer)
         recall: RecallBytes = cache.recall_bytes
-        needs = needs_of(program, weights, variants)
-        made = write_kernels(needs, wanted.levels, unit.words, writer, recall, _tuned(variants), where)
+        needs = needs_of(program, weights, taken)
+        made = write_kernels(needs, wanted.levels, unit.words, writer, taken.taken, recall, where)
         manifest = replace(artifact.manifest, target=wanted)
         return Retargeted(
             artifact=writer.commit(manifest), num_kernels=len(made.kernels), measured=tuple(findings)
@@ -134,10 +134,3 @@ def _copy_others(artifact: Artifact, writer: ArtifactWriter) -> None:
     for entry in artifact.manifest.files:
         if entry.kind != "kernel":
             writer.copy_file(entry.path, entry.kind, artifact.path / entry.path)
-
-
-def _tuned(variants: Mapping[str, Variant]) -> tuple[TunedProduct, ...]:
-    return tuple(
-        TunedProduct(product=name, columns=each.columns, warps=each.warps, stages=each.stages)
-        for name, each in sorted(variants.items())
-    )

@@ -25,9 +25,10 @@ from ..base import RecallBytes, compute_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """A compiled specialisation. `stack_bytes` above 0 means that registers spill; `ptx` is what a newer
-    GPU's driver can compile again, `toolkit` the version of CUDA whose assembler was used; with `overlaps` it
-    may be launched to begin before the launch ahead of it has ended."""
+    """A compiled specialisation. `stack_bytes` above 0 means that registers spill; `stages` are the loads
+    ahead that shared memory holds, `ptx` is what a newer GPU's driver can compile again, `toolkit` the
+    version of CUDA whose assembler was used; with `overlaps` it may be launched to begin before the launch
+    ahead of it has ended."""
 
     cubin: bytes
     ptx: bytes
@@ -36,6 +37,7 @@ class Machine:
     shared_bytes: int
     registers: int
     stack_bytes: int
+    stages: int
     toolkit: str
     overlaps: bool = False
 

@@ -9,7 +9,7 @@ from ...artifact.cuda import (
     CUDA_UNIT,
     CudaKernel,
     CudaUnit,
-    TunedProduct,
+    ProductVariant,
     WordWeight,
     decode_unit,
     encode_unit,
@@ -19,6 +19,7 @@ from ...artifact.writer import ArtifactWriter
 from ...ir.program import Program
 from ...ir.weights import Expr, WeightStore
 from ...kernels.cuda.launch import Specialisation
+from ...kernels.cuda.variant_table import Choice, Choices, newest
 from ...spec.target import Target
 from ..base import RecallBytes, compute_bytes
 from ..programs import WeightProgress, shared_weights, stored_sources, write_programs, write_weights
@@ -65,7 +66,9 @@ class Backend:
         words = word_weights(program)
         stored = stored_weights({name: shared[name] for name in shared}, words)
         read = stored | {word.codes: stored[word.stored] for word in words}
-        write_kernels(needs_of(program, read), self._architectures, words, writer, cache)
+        choices = Choices(newest(self._architectures))
+        needs = needs_of(program, read, choices)
+        write_kernels(needs, self._architectures, words, writer, choices.taken, cache)
         write_programs(program, portable, writer)
         write_weights(WeightStore(stored, shared.ties, shared.reader), writer, progress=progress)
 
@@ -82,11 +85,12 @@ def write_kernels(
     architectures: Sequence[str],
     words: tuple[WordWeight, ...],
     writer: ArtifactWriter,
+    choices: Mapping[str, Choice],
     cache: RecallBytes = compute_bytes,
-    tuned: tuple[TunedProduct, ...] = (),
     tuned_on: str = "",
 ) -> CudaUnit:
-    """Compile and write every kernel for every architecture, and what describes them."""
+    """Compile and write every kernel for every architecture, and what describes them; `choices` are the
+    variants taken, by class of product."""
     wanted = [(each, name) for name in architectures for each in needs.kernels]
     kernels = [
         _write_kernel(each, name, machine, writer)
@@ -97,11 +101,18 @@ def write_kernels(
         kernels=tuple(kernels),
         words=words,
         arenas=needs.arenas,
-        tuned=tuned,
+        variants=tuple(_variant(name, choices[name]) for name in sorted(choices)),
         tuned_on=tuned_on,
     )
     writer.write_bytes(CUDA_UNIT, "kernel", encode_unit(unit))
     return unit
+
+
+def _variant(name: str, choice: Choice) -> ProductVariant:
+    own = choice.variant
+    return ProductVariant(
+        product=name, columns=own.columns, warps=own.warps, stages=own.stages, reason=choice.reason
+    )
 
 
 def _write_kernel(

@@ -18,7 +18,7 @@ from ...kernels.cuda.launch import Launch, Specialisation
 from ...kernels.cuda.operators import CudaOperators
 from ...kernels.cuda.sampler import DeviceSampler, Samples, make_space, make_tables
 from ...kernels.cuda.substitution import substitute
-from ...kernels.cuda.variants import Variant
+from ...kernels.cuda.variants import Choose, modelled
 from ...spec.history import is_invariant
 from .arena_plan import ArenaWalk
 
@@ -46,17 +46,15 @@ class Needs:
     arenas: tuple[ArenaPlan, ...]
 
 
-def needs_of(
-    program: Program, weights: Mapping[str, Any], variants: Mapping[str, Variant] | None = None
-) -> Needs:
+def needs_of(program: Program, weights: Mapping[str, Any], choose: Choose = modelled) -> Needs:
     """What a final `program` needs of kernels and of memory.
 
-    `weights` gives shape and dtype of each stored weight by the name that the program reads; `variants` are
-    those of products that the shipped ones are not wanted for.
+    `weights` gives shape and dtype of each stored weight by the name that the program reads; `choose` says
+    which variants products take.
     """
-    recorder, variants = Recorder(), variants or {}
+    recorder = Recorder()
     invariant = is_invariant(program.history)
-    graph = substitute(program.graph, CudaOperators(recorder, variants=variants, invariant=invariant))
+    graph = substitute(program.graph, CudaOperators(recorder, choose=choose, invariant=invariant))
     for rows in ROW_CLASSES:
         for sequences in (rows, 1):
             sizes = {"T": rows, "S": sequences, "Q": sequences + 1, "L": rows}
@@ -64,19 +62,17 @@ def needs_of(
     assert program.cache is not None
     for group in program.cache.groups:
         _open(recorder, group.page_tokens)
-    return Needs(list(recorder.found.values()), _arenas(program, weights, variants))
+    return Needs(list(recorder.found.values()), _arenas(program, weights, choose))
 
 
-def _arenas(
-    program: Program, weights: Mapping[str, Any], variants: Mapping[str, Variant]
-) -> tuple[ArenaPlan, ...]:
+def _arenas(program: Program, weights: Mapping[str, Any], choose: Choose) -> tuple[ArenaPlan, ...]:
     """A plan for every batch size that is captured, with block tables of the longest sequences."""
     assert program.cache is not None
     plans: list[ArenaPlan] = []
     for rows in program.capture.decode_rows if program.capture is not None else ():
         arena = ArenaWalk()
         invariant = is_invariant(program.history)
-        operators = CudaOperators(Recorder(), arena.empty, variants=variants, invariant=invariant)
+        operators = CudaOperators(Recorder(), arena.empty, choose=choose, invariant=invariant)
         graph = substitute(program.graph, operators)
         sizes = {"T": rows, "S": rows, "Q": rows + 1, "L": rows}
         for index, group in enumerate(program.cache.groups):

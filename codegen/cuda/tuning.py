@@ -15,7 +15,7 @@ from ...kernels.cuda.launch import Launch, Launcher, Specialisation
 from ...kernels.cuda.operators import CudaOperators
 from ...kernels.cuda.products import DENSE, coded_kernel, rows_of_program
 from ...kernels.cuda.substitution import substitute
-from ...kernels.cuda.variants import Variant, product_class, variants_of
+from ...kernels.cuda.variants import NO_SCHEME, Choose, ProductClass, Variant, modelled, variants_of
 from .dry_walk import Recorder, walk
 
 # Rows of the classes of products (see `kernels.cuda.products`).
@@ -107,9 +107,11 @@ def measure(
     timer: Timer,
     prepare: Prepare = lambda wanted: None,
     rows: Sequence[int] = ROWS,
+    choose: Choose = modelled,
 ) -> list[Measured]:
-    """Time every variant of every class of products on random rows; `weight` gives tensors on the device."""
-    trials = [trial for site in sites for count in rows for trial in _trials(site, weight, count)]
+    """Time every variant of every class of products on random rows; `weight` gives tensors on the device.
+    What `choose` says is the first of each."""
+    trials = [trial for site in sites for count in rows for trial in _trials(site, weight, count, choose)]
     prepare([launch.specialisation for trial in trials for launch in trial.launches()])
     by_class: dict[str, list[_Trial]] = {}
     for trial in trials:
@@ -134,7 +136,7 @@ class _Trial:
     norm: tuple[Any, ...] | None
 
     def run(self, launcher: Launcher) -> Tensor:
-        operators = CudaOperators(launcher, variants={self.name: self.variant})
+        operators = CudaOperators(launcher, choose=lambda product: self.variant)
         return operators.product(self.x, self.weight, self.norm, self.site.gate, None)
 
     def launches(self) -> list[Launch]:
@@ -148,7 +150,7 @@ class _Trial:
         return found
 
 
-def _trials(site: Site, weight: Callable[[str], Tensor], count: int) -> list[_Trial]:
+def _trials(site: Site, weight: Callable[[str], Tensor], count: int, choose: Choose) -> list[_Trial]:
     def bound(values: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(weight(each.name) if isinstance(each, WeightName) else each for each in values)
 
@@ -156,10 +158,15 @@ def _trials(site: Site, weight: Callable[[str], Tensor], count: int) -> list[_Tr
     norm = None if site.norm is None else bound(site.norm)
     x = torch.randn(count, site.width).to(operands[0].device, site.dtype)
     is_dense = len(operands) == 2
-    kernel = DENSE if is_dense else coded_kernel(operands[4])
-    n, rows = operands[0 if is_dense else 1].shape[0], rows_of_program(count)
-    name = product_class(kernel, n, site.width, rows)
-    return [_Trial(name, each, x, site, operands, norm) for each in variants_of(kernel, n, site.width, rows)]
+    product = ProductClass(
+        kernel=DENSE if is_dense else coded_kernel(operands[4]),
+        scheme=NO_SCHEME if is_dense else operands[4],
+        n=operands[0 if is_dense else 1].shape[0],
+        k=site.width,
+        rows=rows_of_program(count),
+    )
+    tried = variants_of(product, choose(product))
+    return [_Trial(product.name, each, x, site, operands, norm) for each in tried]
 
 
 def _measured(name: str, trials: Sequence[_Trial], launcher: Launcher, timer: Timer) -> Measured:

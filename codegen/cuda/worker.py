@@ -32,7 +32,7 @@ def compile_one(wanted: tuple[Specialisation, str]) -> Machine:
     """Machine code of a specialisation for an architecture, its parameters checked."""
     specialisation, architecture = wanted
     overlaps = _features(kernel_function(specialisation.kernel), architecture).get("PDL", False)
-    compiled = _fitting(specialisation, architecture)
+    compiled, stages = _fitting(specialisation, architecture)
     cubin = compiled.asm["cubin"]
     metadata = compiled.metadata
     check_parameters(cubin, metadata.name, [kind for _, kind in specialisation.parameters])
@@ -45,13 +45,15 @@ def compile_one(wanted: tuple[Specialisation, str]) -> Machine:
         shared_bytes=metadata.shared,
         registers=registers,
         stack_bytes=stack_bytes,
+        stages=stages,
         toolkit=get_ptxas(int(architecture.removeprefix("sm_"))).version,
         overlaps=overlaps,
     )
 
 
-def _fitting(specialisation: Specialisation, architecture: str) -> triton.compiler.CompiledKernel:
-    """Compiled with as many loads ahead as were asked for, or as shared memory holds; it changes no bit."""
+def _fitting(specialisation: Specialisation, architecture: str) -> tuple[triton.compiler.CompiledKernel, int]:
+    """Compiled with as many loads ahead as were asked for, or as shared memory holds, and how many those are;
+    it changes no bit."""
     most, stages = SHARED_BYTES[architecture], specialisation.stages
     compiled = _compile(specialisation, architecture)
     while compiled.metadata.shared > most and stages > 1:
@@ -64,7 +66,7 @@ def _fitting(specialisation: Specialisation, architecture: str) -> triton.compil
             f"It takes {compiled.metadata.shared} bytes of {most}.",
             "Report this with the model.",
         )
-    return compiled
+    return compiled, stages
 
 
 def _features(function: triton.JITFunction, architecture: str) -> dict[str, bool]:

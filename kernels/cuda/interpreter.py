@@ -32,7 +32,8 @@ _LIMITS = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}
 
 def correct_interpreter() -> None:
     """Replace what triton 3.6 gets wrong: small floats are computed as their bit patterns, casts truncate,
-    `dot` of bfloat16 multiplies bits, and a loop bound is not taken as an index by numpy 2.4. Idempotent."""
+    `dot` of bfloat16 multiplies bits, `fma` rounds twice, and a loop bound is not taken as an index by numpy
+    2.4. Idempotent."""
     builder: Any = interpreter.InterpreterBuilder
     if builder.create_dot is _dot:
         return
@@ -46,6 +47,7 @@ def correct_interpreter() -> None:
     interpreter._patch_lang_tensor = patch_with_index
     interpreter._convert_float = plain.convert
     builder.create_dot = _dot
+    builder.create_fma = _fma
     builder.cast_impl = lambda self, value, kind: plain.cast(self, value, kind)
     builder.binary_op = lambda self, a, b, operation: plain.binary(self, a, b, operation)
     builder.unary_op = lambda self, a, operation: plain.unary(self, a, operation)
@@ -81,6 +83,12 @@ def _dot(self: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
     wide = np.float32 if a.dtype.scalar.is_floating() else np.int32
     product = np.matmul(_float32(a).astype(wide), _float32(b).astype(wide))
     return interpreter.TensorHandle((product + sums.data).astype(sums.data.dtype), sums.dtype.scalar)
+
+
+def _fma(self: Any, a: Any, b: Any, c: Any) -> Any:
+    """Of float32: the product is exact in float64, in which the sum is rounded before it is to float32."""
+    wide = a.data.astype(np.float64) * b.data + c.data
+    return interpreter.TensorHandle(wide.astype(np.float32), tl.float32)
 
 
 class _Plain:

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from .overlap import NOT_EARLY, follow
-from .tiles import load_rows, rows_of_tile, scales_of_rows, store_rows, sum_parts, weight_rows
-from .words import exponents, word_digits
+from .tiles import load_rows, load_tile, rows_of_tile, scales_of_rows, store_rows, sum_parts, weight_rows
+from .words import exponents, lifted, word_digits
 
 
 @triton.jit
@@ -110,81 +110,68 @@ def linear(
 
 
 @triton.jit
-def word_group(
-    words,
-    scale,
-    lift,
-    ones,
-    x_ptr,
-    norm_ptr,
-    row,
-    at,
-    k0,
-    M,
-    offset,
-    K: tl.constexpr,
-    FIRST: tl.constexpr,
-    DIGITS: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    NORM: tl.constexpr,
-):
-    """`scale[BN] * sum((code - zero) * x)` over `DIGITS` digits from `FIRST` on, which share a group.
-
-    `lift` is 128 plus the zero point, of each row or of all; both terms of the difference are exact in
-    bfloat16.
-    """
-    codes = (word_digits(words, ones, FIRST, DIGITS, BN) - lift).to(tl.bfloat16)
-    k = k0 + 32 * FIRST + tl.arange(0, 32 * DIGITS)
-    x = load_rows(x_ptr, norm_ptr, row, at, k, M, offset, K, K % 128 == 0, NORM)
-    part = tl.dot(codes.to(x.dtype), x, input_precision="ieee")
-    return part * scale.to(tl.float32)[:, None]
+def scale_of_digits(quad, DIGIT: tl.constexpr, DIGITS: tl.constexpr, TYPE: tl.constexpr):
+    """The scale of digits from `DIGIT` on, of 16 bits, from those of a block one behind the other."""
+    return (quad >> (16 * DIGIT // DIGITS)).to(tl.uint16).to(TYPE, bitcast=True)
 
 
 @triton.jit
 def word_part(
-    x_ptr,
-    norm_ptr,
-    words_ptr,
-    scales_ptr,
-    zeros_ptr,
-    row,
-    at,
-    held,
-    start,
-    stop,
-    M,
-    offset,
-    K: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIGITS: tl.constexpr,
-    ZERO: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    NORM: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """The sum over blocks `start` … `stop` of 128 codes."""
+    x_ptr, norm_ptr, words_ptr, scales_ptr, zeros_ptr, row, at, held, start, stop, M, offset, K: tl.constexpr,
+    BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DIGITS: tl.constexpr, ZERO: tl.constexpr,
+    SYMMETRIC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The sum over blocks `start` … `stop` of 128 codes: of each group `scale * sum((code - zero) * x)`, both
+    terms of the difference exact in bfloat16, fused with the addition to the groups before."""
     word = tl.arange(0, 16)
     sums = tl.zeros([BN, BM], tl.float32)
     ones = exponents(M)
+    scale_type: tl.constexpr = scales_ptr.dtype.element_ty
+    # Scales of a block that lie side by side are one load.
+    beside: tl.constexpr = (
+        DIGITS < 4 and GROUPS * DIGITS == 4 * BLOCKS and scale_type.primitive_bitwidth == 16
+    )
+    several: tl.constexpr = tl.int64 if DIGITS == 1 else tl.int32
+    fewer: tl.constexpr = tl.int32 if DIGITS == 1 else tl.int16
+    # Places of a block's digits are constants from one register on.
+    digits = tl.arange(0, 32 * DIGITS)
+    weighs: tl.constexpr = NORM == "here" or NORM == "offset"
+    x_ptr += at[None, :] + (start * 128 + digits)[:, None]
+    if weighs:
+        norm_ptr += start * 128 + digits
+        if DIGITS == 1:
+            # One for each of x's: loads that some threads have no part in take registers for each address.
+            norm_ptr = norm_ptr[:, None] + tl.zeros([1, BM], tl.int32)
+    words_ptr += held[:, None] * (BLOCKS * 16) + (start * 16 + word)[None, :]
     # Half of a turn is not for its weights: blocks share it, where registers allow.
-    for block in tl.range(start, stop, loop_unroll_factor=UNROLL):
-        words = tl.load(words_ptr + held[:, None] * (BLOCKS * 16) + (block * 16 + word)[None, :])
+    for turn in tl.range(0, stop - start, loop_unroll_factor=UNROLL):
+        block = start + turn
+        words = tl.load(words_ptr + turn * 16)
+        if beside:
+            scales = tl.load(scales_ptr.to(tl.pointer_type(several)) + held * BLOCKS + block)
+            if not SYMMETRIC:
+                zeros = tl.load(zeros_ptr.to(tl.pointer_type(fewer)) + held * BLOCKS + block)
+        block_x = x_ptr + turn * 128
+        block_norm = norm_ptr + turn * 128 if weighs else norm_ptr
         for first in tl.static_range(0, 4, DIGITS):  # pyright: ignore[reportGeneralTypeIssues]
             # The groups of what fills the last block do not exist, and x is 0 there.
             group = tl.minimum((block * 128 + 32 * first) // GROUP, GROUPS - 1)
-            scale = tl.load(scales_ptr + held * GROUPS + group)
+            if beside:
+                scale = scale_of_digits(scales, first, DIGITS, scale_type)
+            else:
+                scale = tl.load(scales_ptr + held * GROUPS + group)
             if SYMMETRIC:
                 lift = tl.full([1, 1], 128 + ZERO, tl.bfloat16)
+            elif beside:
+                lift = lifted((zeros >> (8 * first // DIGITS)) & 0xFF)[:, None]
             else:
-                zero = tl.load(zeros_ptr + held * GROUPS + group).to(tl.float32)
-                lift = (zero + 128.0).to(tl.bfloat16)[:, None]
-            given = (words, scale, lift, ones, x_ptr, norm_ptr, row, at, block * 128, M, offset)
-            sums += word_group(*given, K, first, DIGITS, BN, BM, NORM)
+                lift = lifted(tl.load(zeros_ptr + held * GROUPS + group))[:, None]
+            k = block * 128 + 32 * first + digits
+            norm = block_norm + 32 * first if weighs else block_norm
+            x = load_tile(block_x + 32 * first, norm, row, k, M, offset, K, K % 128 == 0, NORM)
+            codes = (word_digits(words, ones, first, DIGITS, BN) - lift).to(tl.bfloat16)
+            part = tl.dot(codes.to(x.dtype), x, input_precision="ieee")
+            sums = tl.fma(part, scale.to(tl.float32)[:, None], sums)
     return sums
 
 

@@ -3,14 +3,14 @@ layer alone: no row's bits depend on its batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...spec.errors import TargetError
 from ...spec.quant import QuantScheme, parse_activation, parse_scheme
 from .launch import Launcher, blocks, launch_of, power_of_two, row_stride
-from .variants import Variant, num_parts, product_class, shipped
+from .variants import NO_SCHEME, Choose, ProductClass, modelled, num_parts
 
 # (a tensor, shape, dtype or None) -> a tensor.
 Empty = Callable[[Any, tuple[int, ...], Any], Any]
@@ -75,15 +75,15 @@ class CudaProducts:
 
     `empty(like, shape, dtype)` makes every tensor that an operator keeps or works in: on the device of
     `like`, and of its dtype where none is given. `arrived` are zeros, int32, one for each tile of a product
-    that is summed in parts; each product leaves them so. Without them each makes its own. `variants` are
-    choices by class of product, where the shipped ones are not wanted. If not `invariant`, torch multiplies
-    many rows by dense weights, and their bits depend on how many they are.
+    that is summed in parts; each product leaves them so. Without them each makes its own. `choose` says
+    which variant a class of products takes. If not `invariant`, torch multiplies many rows by dense weights,
+    and their bits depend on how many they are.
     """
 
     launch: Launcher
     empty: Empty = _new_empty
     arrived: Any = field(default=None, repr=False)
-    variants: Mapping[str, Variant] = field(default_factory=dict[str, Variant])
+    choose: Choose = modelled
     invariant: bool = True
 
     def linear(self, x: Any, weight: Any, bias: Any, around: Around = ALONE) -> Any:
@@ -91,7 +91,7 @@ class CudaProducts:
         rows = self._rows(x)
         n, k = weight.shape
         y = self._result(x, n, around)
-        tile = self._tile(DENSE, rows.shape[0], n, k)
+        tile = self._tile(DENSE, NO_SCHEME, rows.shape[0], n, k)
         self._dense(rows, weight, bias, y, tile, ALL_ROWS, around, num_parts(DENSE, n, k))
         return y
 
@@ -114,7 +114,7 @@ class CudaProducts:
         expect_scheme(scheme, group_of(parse_scheme(scheme), k), activation)
         y = self._result(x, n, around)
         kernel = coded_kernel(scheme)
-        tile, parts = self._tile(kernel, rows.shape[0], n, k), num_parts(kernel, n, k)
+        tile, parts = self._tile(kernel, scheme, rows.shape[0], n, k), num_parts(kernel, n, k)
         row_scales = None
         if activation:
             rows, row_scales = self._rounded(rows, activation, activation_scale, around.norm)
@@ -130,10 +130,10 @@ class CudaProducts:
             return False
         return weight[0].dtype == x.dtype and (norm is None or norm[0].dtype == x.dtype)
 
-    def _tile(self, kernel: str, m: int, n: int, k: int) -> Tile:
+    def _tile(self, kernel: str, scheme: str, m: int, n: int, k: int) -> Tile:
         """Blocks of a product of m rows."""
         rows = rows_of_program(m)
-        variant = self.variants.get(product_class(kernel, n, k, rows)) or shipped(kernel, n, k, rows)
+        variant = self.choose(ProductClass(kernel=kernel, scheme=scheme, n=n, k=k, rows=rows))
         grid = (blocks(n, variant.columns), blocks(m, rows), 1)
         return Tile(grid, {"BM": rows, "BN": variant.columns}, variant.warps, variant.stages)
 

@@ -54,17 +54,28 @@ def weighed(x, weight, offset):
 def load_rows(
     x_ptr, norm_ptr, row, at, k, M, offset, K: tl.constexpr, FULL: tl.constexpr, NORM: tl.constexpr
 ):
-    """`x[k, row]` of rows that start at `at`, 0 outside; `FULL` says that every `k` is below K. `NORM` "here"
-    multiplies by the norm's weight."""
-    address = at[None, :] + k[:, None]
-    if FULL:
-        x = tl.load(x_ptr + address, mask=row[None, :] < M, other=0.0)
-    else:
-        x = tl.load(x_ptr + address, mask=(row[None, :] < M) & (k[:, None] < K), other=0.0)
+    """`x[k, row]` of rows that start at `at`, as `load_tile`."""
+    weighs: tl.constexpr = NORM == "here" or NORM == "offset"
+    norm_ptr = norm_ptr + k if weighs else norm_ptr
+    return load_tile(x_ptr + (at[None, :] + k[:, None]), norm_ptr, row, k, M, offset, K, FULL, NORM)
+
+
+@triton.jit
+def load_tile(x_ptr, norm_ptr, row, k, M, offset, K: tl.constexpr, FULL: tl.constexpr, NORM: tl.constexpr):
+    """What lies at `x_ptr[k, row]`, 0 outside; `FULL` says that every `k` is below K. `NORM` "here"
+    multiplies by the norm's weight at `norm_ptr[k]` or `norm_ptr[k, row]`."""
+    inside = row[None, :] < M
+    if not FULL:
+        inside = inside & (k[:, None] < K)
+    x = tl.load(x_ptr, mask=inside, other=0.0)
     if NORM == "here" or NORM == "offset":
-        weight = tl.load(norm_ptr + k) if FULL else tl.load(norm_ptr + k, mask=k < K, other=0.0)
+        if len(norm_ptr.shape) == 2:
+            weight = tl.load(norm_ptr, mask=inside, other=0.0)
+        elif FULL:
+            weight = tl.load(norm_ptr)[:, None]
+        else:
+            weight = tl.load(norm_ptr, mask=k < K, other=0.0)[:, None]
         # Without an offset in x's own dtype, two at a time: both products are exact and rounded once.
-        weight = weight[:, None]
         x = weighed(x, weight, offset) if NORM == "offset" else x * weight
     return x
 

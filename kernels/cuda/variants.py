@@ -1,14 +1,17 @@
 """Forms of a product's kernel that give the same bits: how many columns a program takes, by how many warps,
-with how many loads ahead. Which one is used is data: a shipped rule, or what was measured."""
+with how many loads ahead. Which one is used is data: a shipped table's, or what was measured."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .launch import blocks, power_of_two
 
 # Programs that keep a GPU busy: where there are fewer, K is summed in parts, none of fewer than _PART.
 _PROGRAMS, _PART, _MOST_PARTS = 200, 1024, 8
+# The scheme of weights that are no codes.
+NO_SCHEME = "dense"
 # Codes of a row that are few.
 _SHORT = 512
 # Programs that still do where each has twice the columns.
@@ -27,53 +30,91 @@ class Variant:
     stages: int
 
 
-def product_class(kernel: str, n: int, k: int, rows: int) -> str:
-    """The name under which a choice is kept: products of one kernel, of one weight's shape, of up to `rows`
-    rows a program."""
-    return f"{kernel} {n}x{k} {rows}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductClass:
+    """Products that share a choice: of one kernel and scheme (or `NO_SCHEME`), of one
+    weight `[n, k]`, of up to `rows` rows a program."""
+
+    kernel: str
+    scheme: str
+    n: int
+    k: int
+    rows: int
+
+    @property
+    def name(self) -> str:
+        """What the choice is kept under."""
+        return f"{self.kernel} {self.scheme} {self.n}x{self.k} {self.rows}"
+
+    @property
+    def shape(self) -> str:
+        """What of the weight's shape a choice depends on: whether programs of 128 columns are enough (`wide`
+        or `narrow`), and whether K is summed in `parts`, as a `whole`, or is `short`."""
+        width = "wide" if _is_wide(self.n, self.k) else "narrow"
+        if num_parts(self.kernel, self.n, self.k) > 1:
+            return f"{width} parts"
+        return f"{width} {'short' if self.k < _SHORT else 'whole'}"
+
+
+# What says which variant a class of products takes.
+Choose = Callable[[ProductClass], Variant]
 
 
 def layer_columns(kernel: str, n: int, k: int) -> int:
     """Columns that a program of few rows takes: few, so that many programs stream the weight. Codes in words
     take fewer instructions a weight with many, where enough programs are left."""
-    is_wide = kernel.endswith("words") and blocks(n, 128) * _parts(n, k, 128) >= _WIDE_PROGRAMS
-    return 128 if is_wide else 64
+    return 128 if kernel.endswith("words") and _is_wide(n, k) else 64
 
 
 def num_parts(kernel: str, n: int, k: int) -> int:
     """The parts in which K is summed: a function of the layer alone, so that a narrow matrix keeps a GPU busy
     with one row, too, and its sums are the same with many."""
-    return _parts(n, k, layer_columns(kernel, n, k))
+    wide = layer_columns(kernel, n, k) == 128
+    return _wide_parts(n, k) if wide else _parts(k, blocks(n, 64))
 
 
-def shipped(kernel: str, n: int, k: int, rows: int) -> Variant:
-    """What is used where nothing was measured; many rows share each weight loaded."""
-    columns = _most_columns(kernel, n, k, rows) if rows >= 128 else layer_columns(kernel, n, k)
+def modelled(product: ProductClass) -> Variant:
+    """What the budget of instructions says, where no entry of the table does: few rows stream the weight
+    through many programs, many share each weight loaded."""
+    kernel, rows = product.kernel, product.rows
+    few = layer_columns(kernel, product.n, product.k)
+    columns = few if rows < 128 else _most_columns(product)
     return Variant(columns=columns, warps=4 if rows < 128 else 8, stages=4 if rows < 64 else 3)
 
 
-def variants_of(kernel: str, n: int, k: int, rows: int) -> tuple[Variant, ...]:
-    """What is tried for a class: the shipped form first, then those that differ from it in one thing or in
-    two."""
-    first = shipped(kernel, n, k, rows)
-    columns = tuple(dict.fromkeys((64, _most_columns(kernel, n, k, rows))))
-    warps = (4, 8)
+def variants_of(product: ProductClass, first: Variant) -> tuple[Variant, ...]:
+    """What is tried for a class: `first`, then those that differ from it in one thing or in two."""
+    columns = tuple(dict.fromkeys((64, _most_columns(product))))
     stages = tuple(dict.fromkeys((first.stages, 3, 5)))
-    found = [Variant(columns=c, warps=w, stages=s) for c in columns for w in warps for s in stages]
+    found = [Variant(columns=c, warps=w, stages=s) for c in columns for w in (4, 8) for s in stages]
     near = [each for each in found if sum(map(int.__ne__, _numbers(each), _numbers(first))) <= 2]
     return (first, *(each for each in near if each != first))
 
 
-def _most_columns(kernel: str, n: int, k: int, rows: int) -> int:
+def _most_columns(product: ProductClass) -> int:
     """With many rows, sums of groups, of a part and of all parts of codes are more than registers hold, and
     so are sums and loads of codes where those of a whole row are made at once."""
-    is_coded = rows >= 128 and kernel != "linear.linear"
-    return 64 if is_coded and (num_parts(kernel, n, k) > 1 or k < _SHORT) else 128
+    is_coded = product.rows >= 128 and product.kernel != "linear.linear"
+    return 64 if is_coded and not product.shape.endswith("whole") else 128
 
 
-def _parts(n: int, k: int, columns: int) -> int:
-    wanted = power_of_two(blocks(_PROGRAMS, blocks(n, columns)))
-    return max(1, min(wanted, _MOST_PARTS, (1 << (k // _PART).bit_length()) >> 1))
+def _is_wide(n: int, k: int) -> bool:
+    """Whether programs of 128 columns are enough, or as many as those of 64 would be."""
+    programs, few = blocks(n, 128) * _wide_parts(n, k), blocks(n, 64)
+    return programs >= _WIDE_PROGRAMS or (few % 2 == 0 and programs >= few * _parts(k, few))
+
+
+def _wide_parts(n: int, k: int) -> int:
+    """Where programs are few, parts may be half as long, which are as many weights a program."""
+    parts = _parts(k, blocks(n, 128))
+    if blocks(n, 128) * parts >= _WIDE_PROGRAMS:
+        return parts
+    return _parts(k, blocks(n, 128), _PART // 2)
+
+
+def _parts(k: int, programs: int, least: int = _PART) -> int:
+    wanted = power_of_two(blocks(_PROGRAMS, programs))
+    return max(1, min(wanted, _MOST_PARTS, (1 << (k // least).bit_length()) >> 1))
 
 
 def _numbers(variant: Variant) -> tuple[int, int, int]:

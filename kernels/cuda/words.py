@@ -59,6 +59,12 @@ def exponents(M):
 
 
 @triton.jit
+def lifted(codes):
+    """`128 + code` as bfloat16, of codes below 128 in integers of any width."""
+    return (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def byte_values_of_words(words, FORM: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """The values of one-byte codes (int8 or e4m3, `FORM`) as bfloat16 `[ROWS, 4 * WORDS]`, from int32
     `words[ROWS, WORDS]` of four neighbours each; exactly, by integer operations on two at a time."""

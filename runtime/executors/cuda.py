@@ -3,7 +3,7 @@ launched kernel by kernel; both sample on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from ...ir.document import ProgramDocument, decode_program
 from ...ir.weights import Source, WeightStore
 from ...kernels.cuda.launch import Launcher
 from ...kernels.cuda.sampler import DeviceSampler, make_space, space_bytes, table_bytes
-from ...kernels.cuda.variants import Variant
+from ...kernels.cuda.variants import Choose, ProductClass, Variant, modelled
 from ...spec.cache import CacheLayout
 from ...spec.errors import TargetError
 from ...spec.history import is_invariant
@@ -213,12 +213,12 @@ def _pages(
 
 @dataclass(frozen=True, slots=True)
 class StoredProgram:
-    """A program, the tensors of the files by the names that it reads, the variants of its products that were
-    measured to be fastest, and whether all of them are `invariant`."""
+    """A program, the tensors of the files by the names that it reads, which variants its products take, and
+    whether all of them are `invariant`."""
 
     document: ProgramDocument
     weights: WeightStore
-    variants: Mapping[str, Variant]
+    choose: Choose
     invariant: bool
 
 
@@ -233,11 +233,22 @@ def stored_program(artifact: Artifact, unit: CudaUnit) -> StoredProgram:
         stored = words.get(name, name)
         file, view = files[stored]
         entries[name] = Source(str(artifact.path / file), stored, view.shape, getattr(torch, view.dtype))
-    tuned = {
+    return StoredProgram(
+        document, WeightStore(entries), stored_choice(unit), is_invariant(artifact.manifest.history)
+    )
+
+
+def stored_choice(unit: CudaUnit) -> Choose:
+    """The variants that an artifact's kernels were compiled in."""
+    stored = {
         each.product: Variant(columns=each.columns, warps=each.warps, stages=each.stages)
-        for each in unit.tuned
+        for each in unit.variants
     }
-    return StoredProgram(document, WeightStore(entries), tuned, is_invariant(artifact.manifest.history))
+
+    def choose(product: ProductClass) -> Variant:
+        return stored.get(product.name) or modelled(product)
+
+    return choose
 
 
 def _model(
@@ -254,7 +265,7 @@ def _model(
             launcher=machine.launcher,
             device=device,
             max_tokens=max_tokens,
-            variants=stored.variants,
+            choose=stored.choose,
             invariant=stored.invariant,
         )
     except torch.OutOfMemoryError as error:

@@ -15,7 +15,7 @@ from ...kernels.cuda.launch import Launcher
 from ...kernels.cuda.operators import CudaOperators
 from ...kernels.cuda.products import ARRIVALS, Empty
 from ...kernels.cuda.substitution import substitute
-from ...kernels.cuda.variants import Variant
+from ...kernels.cuda.variants import Choose, modelled
 from ...spec.cache import CacheLayout
 from ..protocol import BlockCopy
 from .cuda_device import Device
@@ -29,8 +29,8 @@ class CudaModel:
     """Runs steps of one program over its own caches, in tiles of at most `max_tokens` tokens. Not
     thread-safe.
 
-    `weight(name)` gives tensors on `device` that stay alive as long as the model. `variants` are those of
-    products that the shipped ones are not wanted for, `invariant` as in `CudaOperators`.
+    `weight(name)` gives tensors on `device` that stay alive as long as the model. `choose` and
+    `invariant` are as in `CudaOperators`.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class CudaModel:
         launcher: Launcher,
         device: Device,
         max_tokens: int,
-        variants: Mapping[str, Variant] | None = None,
+        choose: Choose = modelled,
         invariant: bool = True,
     ) -> None:
-        self._launcher, self._variants, self._invariant = launcher, variants or {}, invariant
+        self._launcher, self._choose, self._invariant = launcher, choose, invariant
         self._arrived = device.zeros((ARRIVALS,), "int32")
         self._layout = layout
         self._weight = weight
@@ -62,7 +62,7 @@ class CudaModel:
         """Those of the model, their tensors made by `empty`, else by torch. Steps that use them follow each
         other."""
         own = CudaOperators(
-            self._launcher, arrived=self._arrived, variants=self._variants, invariant=self._invariant
+            self._launcher, arrived=self._arrived, choose=self._choose, invariant=self._invariant
         )
         return own if empty is None else replace(own, empty=empty)
 

@@ -7,13 +7,17 @@ import torch
 
 from llmc.artifact.cuda import CUDA_UNIT, decode_unit
 from llmc.codegen.cuda.tuning import Measured, choices, measure, sites_of
-from llmc.kernels.cuda.variants import Variant, product_class, shipped, variants_of
+from llmc.kernels.cuda.variants import ProductClass, Variant, modelled, variants_of
 from llmc.spec.errors import TargetError
 
 pytest.importorskip("triton")
 FIRST, OTHER, THIRD = (
     Variant(columns=c, warps=w, stages=s) for c, w, s in ((64, 4, 4), (128, 4, 4), (64, 8, 3))
 )
+
+
+def product(kernel="linear.linear_words", scheme="int4_g32", n=4096, k=4096, rows=16):
+    return ProductClass(kernel=kernel, scheme=scheme, n=n, k=k, rows=rows)
 
 
 def measured(first, other):
@@ -30,16 +34,23 @@ def test_noise_does_not_replace_the_shipped_variant():
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
 @pytest.mark.parametrize("kernel", ["linear.linear", "linear.linear_words"])
 def test_variants_are_few_and_begin_with_the_shipped_one(kernel, rows):
-    found = variants_of(kernel, 4096, 4096, rows)
-    assert found[0] == shipped(kernel, 4096, 4096, rows)
+    first = modelled(product(kernel, rows=rows))
+    found = variants_of(product(kernel, rows=rows), first)
+    assert found[0] == first
     assert len(set(found)) == len(found) <= 12
     # Fewer columns would use other matrix instructions, which sum in another order.
     assert min(each.columns for each in found) == 64
 
 
 def test_classes_tell_apart_what_may_be_chosen_differently():
-    names = {product_class(k, n, 64, m) for k in ("a", "b") for n in (64, 128) for m in (16, 32)}
-    assert len(names) == 8
+    names = {
+        product(kernel, scheme, n, 64, rows).name
+        for kernel in ("a", "b")
+        for scheme in ("int4_g32", "int4_g128")
+        for n in (64, 128)
+        for rows in (16, 32)
+    }
+    assert len(names) == 16
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +129,12 @@ def test_a_retargeted_artifact_has_the_measured_kernels(cuda_artifact, tmp_path)
     from llmc.compiler.retarget import retarget_artifact
     from llmc.runtime.executors.cuda import stored_program
 
-    seen = []
+    seen, wide = [], product(n=256, k=128)
 
     def tuner(sites, weights):
         seen.extend(sites)
-        wide = "linear.linear_words 256x128 16"
-        seconds = {shipped("linear.linear_words", 256, 128, 16): 2.0, OTHER: 1.0}
-        return [Measured(name=wide, seconds=seconds, num_differing=0)], "a GPU"
+        seconds = {modelled(wide): 2.0, OTHER: 1.0}
+        return [Measured(name=wide.name, seconds=seconds, num_differing=0)], "a GPU"
 
     made = retarget_artifact(
         cuda_artifact.path, tmp_path / "out.llmc", target="cuda:sm_89", tune=True, tuner=tuner
@@ -135,7 +145,10 @@ def test_a_retargeted_artifact_has_the_measured_kernels(cuda_artifact, tmp_path)
     assert unit.architectures == ("sm_89",)
     assert made.artifact.manifest.target.name == "cuda:sm_89"
     assert unit.tuned_on == "a GPU"
-    assert stored_program(made.artifact, unit).variants == {"linear.linear_words 256x128 16": OTHER}
+    assert stored_program(made.artifact, unit).choose(wide) == OTHER
+    reasons = {each.product: each.reason for each in unit.variants}
+    assert reasons.pop(wide.name) == "measured on a GPU"
+    assert {each.partition(":")[0] for each in reasons.values()} == {"table"}
     assert {k.key for k in unit.kernels} != {k.key for k in before.kernels}
     assert unit.words == before.words
     for entry in cuda_artifact.manifest.files:

@@ -102,12 +102,18 @@ def test_parts_do_not_depend_on_rows_and_keep_a_gpu_busy():
         for n, k in ((6144, 4096), (4096, 4096), (4096, 14336), (3072, 2048), (2048, 8192)):
             parts = num_parts(kernel, n, k)
             assert parts > 1
-            assert k // parts >= 1024
-            assert parts * -(-n // layer_columns(kernel, n, k)) >= 96
+            # A program's weights are at least as many either way.
+            columns = layer_columns(kernel, n, k)
+            assert k // parts * columns >= 1024 * 64
+            assert parts * -(-n // columns) >= 96
         assert num_parts(kernel, 28672, 4096) == num_parts(kernel, 128256, 4096) == 1
         assert num_parts(kernel, 64, 512) == 1
-    # Matrices of 8B read words with many columns a program, which takes fewer instructions.
-    assert {layer_columns(WORDS, n, 4096) for n in (6144, 4096, 28672)} == {128}
+    # Matrices of 8B and 1B read words with many columns a program, which takes fewer instructions; where K
+    # has no two parts for twice the columns, and where rows of a program would be nobody's, it has few.
+    shapes = [(6144, 4096), (4096, 4096), (28672, 4096), (2048, 2048), (3072, 2048), (2048, 8192)]
+    assert {layer_columns(WORDS, n, k) for n, k in shapes} == {128}
+    assert num_parts(WORDS, 2048, 2048) == 2 * num_parts(DENSE, 2048, 2048) == 4
+    assert {layer_columns(WORDS, n, k) for n, k in ((1152, 896), (64, 4096), (192, 4096))} == {64}
 
 
 def test_arrivals_are_left_as_they_were_found(launch):

@@ -21,12 +21,13 @@ pytest.importorskip("triton")
 N, K = 4096, 4096
 
 
-def specialisation_of(weight, n, k, norm=False, gate="", rows=1):
+def specialisation_of(weight, n, k, norm=False, gate="", residual=False, rows=1):
     """The product that `rows` rows launch."""
     found = []
     x, factor = torch.empty(rows, k, dtype=torch.bfloat16), torch.empty(k, dtype=torch.bfloat16)
     operators = CudaOperators(lambda launch: found.append(launch.specialisation))
-    operators.product(x, weight, (factor, 1e-5, 0.0, "cast_then_scale") if norm else None, gate, None)
+    added = torch.empty(rows, n, dtype=torch.bfloat16) if residual else None
+    operators.product(x, weight, (factor, 1e-5, 0.0, "cast_then_scale") if norm else None, gate, added)
     return found[-1]
 
 
@@ -81,10 +82,15 @@ CASES = {
     "int4_g128": (lambda: words(128), 512, 2.6),
     "int4_g128_normed": (lambda: words(128, 6144, norm=True), 512, 2.8),
     "int4_g128_normed_gate": (lambda: words(128, 28672, norm=True, gate="silu"), 512, 2.8),
-    "int4_g128_narrow": (lambda: words(128, 2048, 2048), 512, 3.0),
-    "int4_g128_narrow_normed": (lambda: words(128, 3072, 2048, norm=True), 512, 3.2),
-    "int4_g32": (lambda: words(32), 512, 4.0),
-    "int4_g32_normed_gate": (lambda: words(32, 28672, norm=True, gate="silu"), 512, 4.4),
+    # of a 1B model; where a part of K has four blocks, there is no loop, but the body of this one
+    "int4_g128_1b": (lambda: words(128, 2048, 8192), 512, 2.6),
+    "int4_g128_1b_normed_gate": (lambda: words(128, 16384, 2048, norm=True, gate="silu"), 512, 2.8),
+    "int4_g32": (lambda: words(32), 512, 3.2),
+    "int4_g32_normed": (lambda: words(32, 6144, norm=True), 512, 3.2),
+    "int4_g32_normed_gate": (lambda: words(32, 28672, norm=True, gate="silu"), 512, 3.2),
+    "int4_g32_residual": (lambda: words(32, 4096, 14336, residual=True), 512, 3.2),
+    "int4_g32_1b": (lambda: words(32, 2048, 8192, residual=True), 512, 3.2),
+    "int4_g32_1b_normed_gate": (lambda: words(32, 16384, 2048, norm=True, gate="silu"), 512, 3.2),
     "bf16": (dense, 128, 2.2),
     "bf16_normed": (lambda: dense(norm=True), 128, 5.2),
     "int8_g32": (lambda: code_bytes("int8_g32", K // 32), 32, 10.5),
