@@ -13,10 +13,11 @@ from .pace import Pace
 
 # Drafting must promise this much more speed than plain decoding, since the promise is an estimate: the first
 # to go on, the second to begin again once it did not pay, so that what is about even does not come and go.
-MARGIN, MARGIN_TO_BEGIN = 1.03, 1.05
+MARGIN, MARGIN_TO_BEGIN = 1.05, 1.08
 # Where it does not pay by what was accepted so far, it is tried again after so many steps; each time that it
-# still does not, after twice as many, up to the second number.
-PROBE_STEPS, MOST_PROBE_STEPS = 100, 1600
+# then does not for some steps, after twice as many, up to the second number: to begin costs a draft model a
+# few steps' time.
+PROBE_STEPS, MOST_PROBE_STEPS, LASTING = 100, 1600, 16
 # Steps of one trial. In the first ones a draft model catches up, and caches hold little of it: they say
 # nothing of what drafting costs.
 PROBE_RUN, UNTYPICAL = 4, 2
@@ -35,7 +36,7 @@ _NOTABLE = 0.02
 _STANDING = 8
 # What is believed of the first drafts, as so many of them at this share; and how slowly it is forgotten.
 _PRIOR_SHARE, _PRIOR_WEIGHT = 0.7, 8.0
-_MEMORY = 256.0
+_MEMORY = 128.0
 # Steps whose seconds are remembered, which is cheaper than to work them out again.
 _MOST_KEPT = 4096
 
@@ -147,6 +148,7 @@ class DraftPolicy:
         self._steps_with = 0
         self._probe_steps = PROBE_STEPS
         self._probe_left = 0
+        self._num_in_run = 0  # steps since drafts began to pay
         self._was_drafted = False
         self._num_alike = UNTYPICAL  # steps since drafted and plain ones last took turns
         self._plain: dict[int, Pace] = {}  # by the size of the number of requests
@@ -198,10 +200,14 @@ class DraftPolicy:
         if best:
             if self.is_off and num_requests.bit_length() in self._drafted:
                 self._drafted[num_requests.bit_length()].restart()
-            self._steps_without, self._probe_steps, self._probe_left = 0, PROBE_STEPS, 0
+            self._num_in_run += 1
+            self._steps_without, self._probe_left = 0, 0
+            if self._num_in_run >= LASTING:
+                self._probe_steps = PROBE_STEPS
             place, self._steps_with = self._steps_with, (self._steps_with + 1) % PLAIN_EVERY
             return best if place < PLAIN_EVERY - PLAIN_RUN else 0
         self.skip()
+        self._num_in_run = 0
         patience = 1 if shortest <= PROBE_TOKENS else PROBE_PATIENCE
         if self._steps_without >= patience * self._probe_steps:
             self._steps_without, self._probe_steps = 0, min(2 * self._probe_steps, MOST_PROBE_STEPS)

@@ -19,8 +19,9 @@ from .speculation import DraftProposer, Speculator
 COUNTS = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # A curve is measured for about so long; what is left out continues the line.
 BUDGET_S = 0.2
-# The least of so many counts; of more than a few requests, which take longer, fewer.
-REPEATS, REPEATS_OF_MANY, FEW = 36, 12, 2
+# The least of so many counts: of fewer where a quarter of that time is over, for more than a few requests,
+# and where requests are so short that they would end.
+REPEATS, FEWER_REPEATS, FEW, SHORT = 36, 12, 2, 288
 # Steps of so many tokens are measured most often: a request and a few drafts.
 MOST_SMALL = 8
 _PROMPT_TOKENS = 4
@@ -65,10 +66,6 @@ def _rising(seconds: dict[int, float]) -> Curve:
     return Curve(tuple(reversed(points)))
 
 
-def _repeats(num_requests: int) -> int:
-    return REPEATS if num_requests <= FEW else REPEATS_OF_MANY
-
-
 class _Fixed:
     """Proposes the same token `count` times: what matters is that it is computed."""
 
@@ -98,7 +95,7 @@ class _Bench:
         engine = Engine(self._executor, self._config)
         found: dict[int, float] = {}
         for count in self._filled(engine):
-            seconds = min(self._seconds_of(engine.step) for _ in range(_repeats(count)))
+            seconds = min(self._seconds_of(engine.step) for _ in self._rounds(engine, count))
             if engine.num_running == count:
                 found[count] = seconds
         self._finish(engine)
@@ -113,7 +110,7 @@ class _Bench:
         for count in self._filled(engine):
             rows = list(range(count))
             best = {1: float("inf"), 3: float("inf")}
-            for number in range(_repeats(count)):
+            for number in self._rounds(engine, count):
                 engine.step()
                 engine.step()
                 if engine.num_running < count:
@@ -133,13 +130,22 @@ class _Bench:
         engine = Engine(self._executor, self._config, speculator=speculator)
         least_s = float("inf")
         if self._fill(engine, 1):
-            for _ in range(REPEATS):
+            for _ in self._rounds(engine, 1):
                 seconds = self._seconds_of(engine.step)
                 if not engine.num_running:
                     break
                 least_s = min(least_s, seconds)
         self._finish(engine)
         return least_s
+
+    def _rounds(self, engine: Engine, num_requests: int) -> Iterator[int]:
+        """Numbers, as many as what so many requests take is timed."""
+        ends_s = self._clock() + BUDGET_S / 4
+        is_long = engine.limits.max_model_len >= SHORT
+        for number in range(REPEATS if num_requests <= FEW and is_long else FEWER_REPEATS):
+            if number >= FEWER_REPEATS and self._clock() > ends_s:
+                return
+            yield number
 
     def _filled(self, engine: Engine) -> Iterator[int]:
         """Each count of requests in turn, while so many decode and time is left."""
