@@ -117,7 +117,7 @@ def rehearse() -> None:
     models.SHAPES = dict.fromkeys(models.SHAPES, tiny)
     models.STEPS, models.PREFILL = ((1, 20), (2, 9)), 12
     models.MAX_CONTEXT = 256
-    engines.TOKENS, engines.SHORT = 3, 8
+    engines.TOKENS, engines.SHORT = 2, 8
     engines.RATES = ((1, 4), (2, 3))
     engines.CONFIG = {"max_requests": 2, "max_step_tokens": 32, "max_model_len": 64}
     peers.MIXED = {"requests": 2, "least": 2, "most": 4}
