@@ -85,7 +85,7 @@ class Smooth:
         search=(0.5, 0.65, 0.8),
     )
     least_gain: float = option(
-        0.1,
+        0.2,
         "Part of the error of products in 8 bits that balancing must save to be done.",
         low=0,
         high=1,
