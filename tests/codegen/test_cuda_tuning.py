@@ -112,6 +112,18 @@ def test_the_timer_decides_and_other_bits_are_refused(program, launch):
     assert chosen == found.chosen
 
 
+def test_an_artifact_says_which_variants_it_took_and_why(cuda_artifact):
+    from llmc.cli.explaining import describe_kernels
+
+    unit = decode_unit(cuda_artifact.read_bytes(CUDA_UNIT))
+    kernels = {each.product.split()[0] for each in unit.variants}
+    assert kernels == {"linear.linear_words", "linear_bytes.linear_bytes"}
+    assert {each.product.split()[-1] for each in unit.variants} == {"16", "32", "64", "128"}
+    said = describe_kernels(cuda_artifact.path)
+    assert [each["product"] for each in said.data["variants"]] == [each.product for each in unit.variants]
+    assert "table: by the budget of instructions, not measured on a device" in said.text
+
+
 def test_without_a_gpu_nothing_is_tuned(cuda_artifact, tmp_path):
     from llmc.compiler.retarget import retarget_artifact
 

@@ -82,7 +82,7 @@ def test_what_is_around_a_product(operators, scheme, form):
         assert torch.equal(part, whole[first:last])
 
 
-@pytest.mark.parametrize("scheme", ["", "int4_g128", "int8_g32", "fp8_channel", "int8_channel+int8_token"])
+@pytest.mark.parametrize("scheme", ["", "int4_g128", "int8_g128", "fp8_channel", "int8_channel+int8_token"])
 def test_parts_of_k_are_summed_in_one_order(operators, scheme):
     k, n = 2304, 20
     assert num_parts(DENSE, n, k) == num_parts(WORDS, n, k) == 2
