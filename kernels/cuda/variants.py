@@ -79,7 +79,9 @@ def modelled(product: ProductClass) -> Variant:
     kernel, rows = product.kernel, product.rows
     few = layer_columns(kernel, product.n, product.k)
     columns = few if rows < 128 else _most_columns(product)
-    return Variant(columns=columns, warps=4 if rows < 128 else 8, stages=4 if rows < 64 else 3)
+    # Sums of 64 rows and 128 columns, of a group and of all, are more than registers of four warps hold.
+    warps = 4 if rows * columns <= 64 * 64 else 8
+    return Variant(columns=columns, warps=warps, stages=4 if rows < 64 else 3)
 
 
 def variants_of(product: ProductClass, first: Variant) -> tuple[Variant, ...]:
