@@ -21,7 +21,7 @@ from .replace import Role
 from .rounding import Method
 from .selection import Choice
 from .sensitivity import Sensitivity, judged_pieces
-from .units import Unit, size_losses, units_of
+from .units import Unit, units_of
 
 # How codes are found when influence is measured: what makes up for drift or polishes is left out.
 _TRIAL = Method(propagate=True)
@@ -57,8 +57,8 @@ def lift_choices(
     """`choices` of pass `name` with 8 bits instead of `scheme` for the linears that this helps most.
 
     Each linear is rounded alone, as chosen and to 8 bits, and the divergence of the output measured: a run of
-    what stands behind it for each. A model for which that takes too much work is left as it is. When only
-    planning, larger codes are taken to be better everywhere alike, and the whole share is spent.
+    what stands behind it for each. A model for which that takes too much work is left as it is, and so is any
+    when only planning: the plan is the least that it will take.
     """
     linears = {
         own: choice
@@ -72,6 +72,8 @@ def lift_choices(
     if work > lift.work * 1e12:
         why = f"{work / 1e12:.3g} million million products are more than {lift.work:g}"
         return _as_chosen(choices, why)
+    if context.planning:
+        return _as_chosen(choices, f"tokens decide: up to {lift.share:.2%} more bytes")
     units = _units(program, choices, linears, scheme)
     losses = _losses(name, program, units, context)
     total = _stored_bytes(program, choices)
@@ -80,8 +82,8 @@ def lift_choices(
     chosen = assign(sizes, losses, capacity).options
     found = dict(choices)
     for unit, index, lost in zip(units, chosen, losses, strict=True):
-        found |= _chosen(unit, index, lost, choices, planning=context.planning)
-    return Lifted(found, _decision(units, chosen, losses, lift.share, total, planning=context.planning))
+        found |= _chosen(unit, index, lost, choices)
+    return Lifted(found, _decision(units, chosen, losses, lift.share, total))
 
 
 def _as_chosen(choices: Mapping[str, Choice], why: str) -> Lifted:
@@ -104,8 +106,6 @@ def _units(
 def _losses(
     name: str, program: Program, units: Sequence[Unit], context: PassContext
 ) -> Sequence[Sequence[float]]:
-    if context.planning:
-        return size_losses(units)
     calibration = require_calibration(name, context, *SEARCH_NEEDS)
     sensitivity = Sensitivity(program, judged_pieces(calibration, _TOKENS))
     return measure_influence(program, units, sensitivity, _TRIAL, calibration)
@@ -123,10 +123,10 @@ def _stored_bytes(program: Program, choices: Mapping[str, Choice]) -> int:
 
 
 def _chosen(
-    unit: Unit, index: int, lost: Sequence[float], choices: Mapping[str, Choice], *, planning: bool
+    unit: Unit, index: int, lost: Sequence[float], choices: Mapping[str, Choice]
 ) -> dict[str, Choice]:
     tried = [f"{form.label} {loss:.2e}" for form, loss in zip(unit.forms, lost, strict=True)]
-    note = "planned by size" if planning else f"nats of divergence alone: {', '.join(tried)}"
+    note = f"nats of divergence alone: {', '.join(tried)}"
     return {
         name: Choice(scheme, choices[name].role, f"{choices[name].reason}; {note}")
         for name, scheme in zip(unit.names, unit.forms[index].schemes, strict=True)
@@ -139,16 +139,12 @@ def _decision(
     losses: Sequence[Sequence[float]],
     share: float,
     total: int,
-    *,
-    planning: bool,
 ) -> Decision:
     picked = list(zip(units, chosen, losses, strict=True))
     grown = sum(unit.forms[index].num_bytes - unit.forms[0].num_bytes for unit, index, _ in picked)
     linears = [index for unit, index, _ in picked if _bits(unit) < _LIFTED.bits]
     before, after = sum(lost[0] for _, _, lost in picked), sum(lost[index] for _, index, lost in picked)
-    gain = (
-        "planned by size" if planning else f"divergences alone add up to {after:.3g} nats, not {before:.3g}"
-    )
+    gain = f"divergences alone add up to {after:.3g} nats, not {before:.3g}"
     return Decision(
         subject="lift",
         choice=f"{sum(index > 0 for index in linears)} of {len(linears)} linears at 8 bits",
