@@ -26,6 +26,9 @@ from .solve import weight_names
 from .units import Form, Unit
 from .walk import Walk
 
+# How GPTQ finds codes where influence is measured: what makes up for drift or polishes is left out.
+TRIAL = Method(propagate=True)
+
 
 def measure_influence(
     program: Program,

@@ -14,17 +14,14 @@ from ...spec.history import Decision
 from ...spec.quant import QuantScheme
 from ..base import PassContext
 from ..bits import coded_bytes, num_parameters
-from .influence import measure_influence
+from .influence import TRIAL, measure_influence
 from .knapsack import assign
 from .needs import SEARCH_NEEDS, require_calibration
 from .replace import Role
-from .rounding import Method
 from .selection import Choice
 from .sensitivity import Sensitivity, judged_pieces
 from .units import Unit, units_of
 
-# How codes are found when influence is measured: what makes up for drift or polishes is left out.
-_TRIAL = Method(propagate=True)
 _LIFTED = QuantScheme(bits=8, group_size=128)
 _TABLES = (Role.embedding, Role.head, Role.tied)
 # Calibration tokens on which influence is measured.
@@ -108,7 +105,7 @@ def _losses(
 ) -> Sequence[Sequence[float]]:
     calibration = require_calibration(name, context, *SEARCH_NEEDS)
     sensitivity = Sensitivity(program, judged_pieces(calibration, _TOKENS))
-    return measure_influence(program, units, sensitivity, _TRIAL, calibration)
+    return measure_influence(program, units, sensitivity, TRIAL, calibration)
 
 
 def _stored_bytes(program: Program, choices: Mapping[str, Choice]) -> int:

@@ -26,18 +26,18 @@ from ..base import (
     option,
 )
 from ..bits import num_parameters
-from .influence import measure_influence
+from .influence import TRIAL, measure_influence
 from .knapsack import Assignment, assign
 from .needs import SEARCH_NEEDS, require_calibration
 from .rounding import Method, Tuning
 from .selection import Choice, WeightOptions
 from .sensitivity import Sensitivity, judged_pieces
 from .solving import run_choices
-from .units import Unit, parse_forms, size_losses, units_of
+from .units import Unit, parse_forms, units_of
 
-# How codes are found when influence is measured: what makes up for drift or polishes is left out.
+# How codes are found when influence is measured.
 _TRIALS = {
-    "gptq": Method(propagate=True),
+    "gptq": TRIAL,
     "scale_search": Method(),
     "rtn": Method(search=False),
 }
@@ -135,7 +135,7 @@ class MixedPrecision:
         room = _room(program, units)
         budget = self._bits(room, units)
         if context.planning:
-            losses, cost = size_losses(units), "planned by size alone"
+            losses, cost = _planned(units), "planned by size alone"
         else:
             calibration = require_calibration(self.name, context, *SEARCH_NEEDS)
             sensitivity = Sensitivity(program, judged_pieces(calibration, self.tokens))
@@ -196,6 +196,14 @@ def _room(program: Program, units: Sequence[Unit]) -> _Room:
 def _reach(room: _Room, units: Sequence[Unit]) -> tuple[float, float]:
     sizes = [[form.num_bytes for form in unit.forms] for unit in units]
     return room.bits(sum(map(min, sizes))), room.bits(sum(map(max, sizes)))
+
+
+def _planned(units: Sequence[Unit]) -> list[list[float]]:
+    """Squared rounding errors as they fall with bits, for weights that are all alike."""
+    return [
+        [unit.num_parameters * 4.0 ** (-8 * form.num_bytes / unit.num_parameters) for form in unit.forms]
+        for unit in units
+    ]
 
 
 def _chosen(

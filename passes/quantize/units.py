@@ -91,14 +91,6 @@ def units_of(
     return units
 
 
-def size_losses(units: Sequence[Unit]) -> list[list[float]]:
-    """By unit and form, squared rounding errors as they fall with bits, for weights that are all alike."""
-    return [
-        [unit.num_parameters * 4.0 ** (-8 * form.num_bytes / unit.num_parameters) for form in unit.forms]
-        for unit in units
-    ]
-
-
 def _forms(
     program: Program, names: Sequence[str], listed: Mapping[str, QuantScheme | None]
 ) -> tuple[Form, ...]:

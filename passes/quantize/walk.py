@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ...ir import ops as _registered  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers them
+from ...ir.finite import all_finite
 from ...ir.program import Program
 from ...spec.errors import ModelError
 from ..calibration import Calibration
@@ -181,10 +182,7 @@ def raised(value: Tensor) -> Tensor:
 
 
 def _check_finite(node: fx.Node, value: Any) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
-        return
-    # extremes are found in one reading, and either is NaN where any value is
-    if not bool(torch.stack(torch.aminmax(value)).isfinite().all()):
+    if isinstance(value, Tensor) and not all_finite(value):
         raise ModelError(
             "calibration.not_finite",
             f"The activations of {node.name} are not finite.",
