@@ -193,8 +193,12 @@ class Frame:
 
     def _last_columns(self, graph: OnnxGraph) -> ir.Value:
         """The column of the last new token of each row: `[B]`, or `[1]` where it is the same in all."""
-        last = graph.op("Sub", self.length(graph), graph.ints(1))
-        return graph.op("Min", self._last_known(graph), last) if self.contrib else last
+
+        def make() -> ir.Value:
+            last = graph.op("Sub", self.length(graph), graph.ints(1))
+            return graph.op("Min", self._last_known(graph), last) if self.contrib else last
+
+        return self.made(graph, "last_columns", make)
 
     def last_token(self, graph: OnnxGraph, value: ir.Value) -> ir.Value:
         """Of `value[B, S, ...]` the last new token of each row: `[B, 1, ...]`. With contrib operators."""
