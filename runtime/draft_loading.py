@@ -9,7 +9,7 @@ from ..artifact.reader import Artifact
 from ..spec.errors import TargetError, UsageError
 from .config import RuntimeConfig
 from .executors.drafting import Drafter
-from .executors.stepped import DraftCapable
+from .executors.stepped import AheadCapable, DraftCapable
 from .protocol import Executor
 from .tokenizer import Tokenizer
 
@@ -71,7 +71,8 @@ def attach_draft(target: Executor, draft: Executor) -> None:
             )
     assert isinstance(target, DraftCapable)
     assert isinstance(draft, DraftCapable)
-    target.attach(Drafter(draft.model, draft.caps))
+    ahead = target.model.ahead(draft.model) if isinstance(target.model, AheadCapable) else None
+    target.attach(Drafter(draft.model, draft.caps, ahead))
 
 
 def _different(target: Artifact, draft: Artifact, why: str) -> UsageError:

@@ -37,11 +37,13 @@ def measure_costs(
     decode = bench.decode()
     draft, draft_call = bench.draft() if executor.caps.can_propose else ({}, {})
     verify = bench.verify()
-    if draft and 3 in verify:
-        # Parts that were timed apart, each with its code and data at hand, take less than they do in turn.
-        together_s = bench.draft_and_verify(2)
-        if together_s < float("inf"):
-            draft_call[1] = max(0.0, together_s - verify[3] - 2 * draft[1])
+    if draft and 4 in verify:
+        # Parts that were timed apart, each with its code and data at hand, take less than they do in turn,
+        # and more than drafts that are drawn while the last step is accounted for.
+        beyond = {count: bench.draft_and_verify(count) - verify[count + 1] for count in (1, 3)}
+        if beyond[3] < float("inf"):
+            draft[1] = max(0.0, beyond[3] - beyond[1]) / 2
+            draft_call[1] = max(0.0, beyond[1] - draft[1])
     if 1 in decode and 1 in verify:
         # A decoding request and a verified token are the same step: where they differ, other work slowed one
         # of the two measurements, all of it, and the counts of each are right among themselves.

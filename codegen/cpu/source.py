@@ -30,7 +30,7 @@ from .matrix import Slot
 from .unit import Unit
 from .value import Symbols, Value, contiguous_strides, symbol_for
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_THREADS = 64
 _CACHE_TYPES = {"float32": "float", "bfloat16": "llmc::bf16", "int8": "int8_t"}
 

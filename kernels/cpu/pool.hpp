@@ -5,6 +5,8 @@
 // time; several pools may live in one process. In a forked child the workers do not exist: there `run` uses the
 // calling thread alone, which gives the same bits, and destruction joins nobody.
 //
+// Between two regions the first worker may carry out a task beside whatever the caller does: `start` and `finish`.
+//
 // Where others want the cores, a step is as slow as the thread that the system runs last, at each barrier anew:
 // hundreds of times as slow for a small model. So a pool that spent much of a region asleep at barriers does the
 // next ones on half as many threads, down to the caller's, and tries with more of them after a while.
@@ -172,8 +174,35 @@ class Pool {
     adapt(began, monotonic_ns());
   }
 
+  // Has the first worker call task(argument) while the caller goes on, one task at a time: one that was started
+  // before is over when this returns. Where there is no worker, or others want the cores, `finish` carries it out.
+  void start(void (*task)(void*), void* argument) {
+    finish(false);
+    task_ = task;
+    task_argument_ = argument;
+    tasks_before_ = tasks_done_.value();
+    has_task_ = true;
+    is_taken_.store(false, std::memory_order_release);
+    if (threads() > 1 && width_ > 1 && getpid() == owner_) begin(kTask);
+  }
+  // Returns when no task is under way any more: whether the last one was carried out since it was started. One
+  // that nobody has begun is carried out here if it `is_wanted`, and else never will be.
+  bool finish(bool is_wanted) {
+    if (!has_task_) return false;
+    has_task_ = false;
+    if (!is_taken_.exchange(true, std::memory_order_acq_rel)) {
+      if (is_wanted) task_(task_argument_);
+      return is_wanted;
+    }
+    if (getpid() != owner_) return false;  // it was the parent's worker that took it
+    if (!tasks_done_.spin(tasks_before_, kTaskSpins)) tasks_done_.sleep_while(tasks_before_);
+    return true;
+  }
+
  private:
   static constexpr int kWidthBits = 10;
+  static constexpr int kTask = 1;  // as a width, which no region has that is begun for workers
+  static constexpr int kTaskSpins = 20000;
   static constexpr int64_t kLongestRetreatNs = 640000000;
 
   struct Worker {
@@ -194,10 +223,17 @@ class Pool {
       seen = begin_.value();
       if (stopping_.load(std::memory_order_acquire)) return;
       const int width = int(seen & ((1u << kWidthBits) - 1));
-      if (tid >= width) continue;
+      if (width == kTask && tid == 1) take_task();
+      if (width == kTask || tid >= width) continue;
       call_(argument_, tid, width, barrier_);
       barrier_.wait();
     }
+  }
+  // A worker that wakes late may meet the task after the one that it was woken for, or one that was dropped.
+  void take_task() {
+    if (is_taken_.exchange(true, std::memory_order_acq_rel)) return;
+    task_(task_argument_);
+    tasks_done_.set(tasks_done_.value() + 1);
   }
   // Chooses how many threads the next regions have: half as many where a quarter of what those of the last one
   // could do was slept away. Sleeping a little is what unequal shares of the work do; a retreat that did not
@@ -232,6 +268,12 @@ class Pool {
   void (*call_)(void*, int, int, Barrier&) = nullptr;
   void* argument_ = nullptr;
   std::atomic<bool> stopping_{false};
+  void (*task_)(void*) = nullptr;
+  void* task_argument_ = nullptr;
+  uint32_t tasks_before_ = 0;
+  bool has_task_ = false;
+  std::atomic<bool> is_taken_{true};
+  Signal tasks_done_;
   Signal begin_;
   Barrier barrier_{threads_};
 };

@@ -9,6 +9,22 @@
 
 LLMC_BEGIN
 
+// Drafts for the step after one that verifies drafts of a single sequence: drawn by another unit, the draft
+// model's, as a task of the pool, while the caller goes on. Callers pass it as an array of int64.
+constexpr int64_t kMostAhead = 64;
+struct DraftAhead {
+  // The other unit's `llmc_draw`, one of its engines, and the fields of its step.
+  int32_t (*draw)(void* engine, const int64_t* fields, int64_t count, const int64_t* ids, int64_t num_ids, int64_t start);
+  void* engine;
+  const int64_t* fields;
+  int64_t num_fields;
+  int64_t num_computed;  // tokens of the sequence that it has computed, drafts that are verified now included
+  // Results: what `draw` returned, and what it read, `num_ids` tokens from position `start` on, the last one the
+  // last sample of the step.
+  int64_t fault, start, num_ids;
+  int64_t ids[kMostAhead];
+};
+
 // What one step reads and writes. Sizes as in the program: T tokens, L rows of logits, S sequences, Q = S + 1,
 // NT threads. Every field takes eight bytes: callers pass the struct as an array of int64.
 template <int kGroups, int kCaches, int kWeights>
@@ -32,6 +48,7 @@ struct Step {
   int64_t rounds;
   int64_t* drawn;         // [rounds, S] tokens, -1 from a sequence's first row of logits that is not finite on
   int64_t* round_memory;  // [3 S + Q + kGroups S]
+  DraftAhead* ahead;      // or null
 };
 
 // What a unit was generated for.
@@ -46,7 +63,7 @@ struct GroupLimits {
 // Why a step cannot run. runtime/executors/cpu_library.py gives these words.
 enum StepFault : int32_t {
   kFits = 0, kFieldCount, kSizes, kQueryStarts, kTokenIds, kPositions, kLogitRows, kBlockTable, kSlots, kJobs,
-  kRounds,
+  kRounds, kAhead,
 };
 
 // Whether the ids, positions and rows of a step are ones that its kernels may follow.
@@ -86,6 +103,18 @@ LLMC_KERNEL StepFault check_rounds(const StepType& s, const StepLimits& most) {
   return kFits;
 }
 
+// Whether drafts can be drawn behind the step: one sequence, with a sample behind its last known token and behind
+// each draft, of which the draft model has computed all that came before.
+template <class StepType>
+LLMC_KERNEL StepFault check_ahead(const StepType& s) {
+  if (!s.ahead) return kFits;
+  if (s.S != 1 || s.rounds != 1 || s.num_jobs < 1 || s.num_jobs > s.T || s.T >= kMostAhead) return kAhead;
+  if (s.ahead->num_computed < s.positions[0] || !s.ahead->draw) return kAhead;
+  for (int64_t i = 0; i < s.num_jobs; ++i)
+    if (s.jobs[i].known >= 0 || s.out_rows[s.jobs[i].logits_row] != s.T - s.num_jobs + i) return kAhead;
+  return kFits;
+}
+
 // The same of the pages of one group: every page that a query sees, and every slot written.
 template <class StepType>
 LLMC_KERNEL StepFault check_pages(const StepType& s, int group, const GroupLimits& limits) {
@@ -112,6 +141,7 @@ template <class StepType, int kGroups>
 LLMC_INLINE StepFault check_step(const StepType& s, const StepLimits& most, const GroupLimits (&groups)[kGroups]) {
   StepFault fault = check_rows(s, most);
   if (fault == kFits) fault = check_rounds(s, most);
+  if (fault == kFits) fault = check_ahead(s);
   for (int group = 0; group < kGroups && fault == kFits; ++group) fault = check_pages(s, group, groups[group]);
   return fault;
 }
@@ -146,10 +176,90 @@ LLMC_KERNEL void next_round(StepType& s, int64_t round, const GroupLimits (&grou
   s.T = s.S;
 }
 
+// What the draft model has to read behind a step: the tokens that it has not computed, up to the last sample, the
+// first one that is no accepted draft. False where that one could not be drawn.
+template <class StepType>
+LLMC_KERNEL bool look_ahead(const StepType& s) {
+  DraftAhead& ahead = *s.ahead;
+  const int64_t first = s.T - s.num_jobs;  // the last token that is no draft
+  int64_t accepted = 0;
+  while (accepted + 1 < s.num_jobs && s.jobs[accepted].finite &&
+         s.jobs[accepted].token == s.input_ids[first + accepted + 1])
+    ++accepted;
+  if (!s.jobs[accepted].finite) return false;
+  const int64_t last = s.positions[first + accepted] + 1;
+  ahead.start = std::min(ahead.num_computed, last);
+  ahead.num_ids = last + 1 - ahead.start;
+  for (int64_t i = 0; i + 1 < ahead.num_ids; ++i) ahead.ids[i] = s.input_ids[ahead.start + i - s.positions[0]];
+  ahead.ids[ahead.num_ids - 1] = s.jobs[accepted].token;
+  return true;
+}
+
+inline void draw_ahead(void* argument) {
+  DraftAhead& ahead = *(DraftAhead*)argument;
+  ahead.fault = ahead.draw(ahead.engine, ahead.fields, ahead.num_fields, ahead.ids, ahead.num_ids, ahead.start);
+}
+
+// Memory for the tokens of a step that another unit's step gives.
+template <int kGroups>
+struct GivenTokens {
+  int64_t positions[kMostAhead], slots[kGroups][kMostAhead], out_row, query_starts[2];
+};
+
+// Makes `num_ids` tokens from position `start` on the input of a step of one sequence with one job, which draws
+// behind the last of them.
+template <class StepType, int kGroups>
+LLMC_KERNEL StepFault give_tokens(StepType& s, GivenTokens<kGroups>& given, const int64_t* ids, int64_t num_ids,
+                                  int64_t start, const StepLimits& most, const GroupLimits (&groups)[kGroups]) {
+  if (num_ids < 1 || num_ids > kMostAhead || start < 0 || start + num_ids > most.context) return kSizes;
+  if (s.num_jobs != 1 || !s.jobs || !s.drawn) return kJobs;
+  for (int64_t i = 0; i < num_ids; ++i) {
+    const int64_t position = given.positions[i] = start + i;
+    for (int group = 0; group < kGroups; ++group) {
+      const int64_t page = groups[group].page_tokens;
+      if (position / page >= s.B[group] || s.block_table[group][position / page] < 0) return kBlockTable;
+      given.slots[group][i] = s.block_table[group][position / page] * page + position % page;
+    }
+  }
+  given.out_row = given.query_starts[1] = num_ids;
+  --given.out_row;
+  given.query_starts[0] = 0;
+  s.T = num_ids, s.L = 1, s.S = 1, s.Q = 2;
+  s.input_ids = ids, s.positions = given.positions, s.out_rows = &given.out_row, s.query_starts = given.query_starts;
+  for (int group = 0; group < kGroups; ++group) s.slots[group] = given.slots[group];
+  SampleRow& row = s.jobs[0].row;
+  if (row.tokens) std::copy(ids, ids + num_ids, row.tokens + start);
+  row.num_tokens = start + num_ids;
+  return kFits;
+}
+
+// Runs a step on an engine's threads, round after round, if it fits; then has drafts drawn behind it.
+template <class StepType, int kGroups, class Body>
+LLMC_INLINE int32_t carry_out(Pool& pool, StepType& step, const StepLimits& most, const GroupLimits (&groups)[kGroups],
+                              Body&& body) {
+  if (step.NT != pool.threads()) return kSizes;
+  const StepFault fault = check_step(step, most, groups);
+  if (fault != kFits || step.T == 0) return fault;
+  for (int64_t round = 0; round < step.rounds; ++round) {
+    pool.run([&](int tid, int nt, Barrier& barrier) {
+      FlushDenormals flush;
+      body(step, tid, nt, barrier);
+      run_jobs(tid, nt, step.jobs, step.num_jobs, step.logits, most.vocab, step.sample_scratch);
+    });
+    if (step.rounds > 1) next_round(step, round, groups);
+  }
+  if (step.ahead && look_ahead(step)) pool.start(&draw_ahead, step.ahead);
+  return kFits;
+}
+
 LLMC_END
 
 // The C ABI of a generated unit. `open` starts an engine's threads (null: the system refused memory or threads);
 // `step` runs one step on them, round after round, and returns 0, or the `StepFault` for which it did nothing.
+// `draw` is a step of one sequence with one job whose tokens are `ids`, at positions from `start` on, in place of
+// those that the fields tell of; the tokens drawn, one a round, go to `drawn`, and room for all of them and for
+// `ids` is behind the tokens of the job. `finish` returns when no drafts are drawn ahead any more, 1 where they
+// were drawn since the last step; those that were not begun are drawn if they are `wanted`.
 #define LLMC_EXPORT_STEP(StepType, step_body, scratch_bytes, limits, groups, version)                \
   extern "C" __attribute__((visibility("default"))) int32_t llmc_abi_version() { return version; }   \
   extern "C" __attribute__((visibility("default"))) int64_t llmc_scratch_bytes(int32_t threads) {    \
@@ -174,17 +284,22 @@ LLMC_END
                                                                       int64_t count) {               \
     if (count * 8 != (int64_t)sizeof(StepType)) return llmc::kFieldCount;                            \
     StepType step = *(const StepType*)fields;                                                        \
-    if (step.NT != ((llmc::Pool*)engine)->threads()) return llmc::kSizes;                            \
-    const llmc::StepFault fault = llmc::check_step(step, limits, groups);                            \
-    if (fault != llmc::kFits || step.T == 0) return fault;                                           \
-    for (int64_t round = 0; round < step.rounds; ++round) {                                          \
-      ((llmc::Pool*)engine)->run([&](int tid, int nt, llmc::Barrier& barrier) {                      \
-        llmc::FlushDenormals flush;                                                                  \
-        step_body(step, tid, nt, barrier);                                                           \
-        llmc::run_jobs(tid, nt, step.jobs, step.num_jobs, step.logits, limits.vocab,                 \
-                       step.sample_scratch);                                                         \
-      });                                                                                            \
-      if (step.rounds > 1) llmc::next_round(step, round, groups);                                    \
-    }                                                                                                \
-    return 0;                                                                                        \
+    return llmc::carry_out(*(llmc::Pool*)engine, step, limits, groups, step_body);                   \
+  }                                                                                                  \
+  extern "C" __attribute__((visibility("default"))) int32_t llmc_draw(                               \
+      void* engine, const int64_t* fields, int64_t count, const int64_t* ids, int64_t num_ids,       \
+      int64_t start) {                                                                               \
+    if (count * 8 != (int64_t)sizeof(StepType)) return llmc::kFieldCount;                            \
+    StepType step = *(const StepType*)fields;                                                        \
+    llmc::GivenTokens<sizeof(groups) / sizeof(groups[0])> given;                                     \
+    int32_t fault = llmc::give_tokens(step, given, ids, num_ids, start, limits, groups);             \
+    if (fault == llmc::kFits)                                                                        \
+      fault = llmc::carry_out(*(llmc::Pool*)engine, step, limits, groups, step_body);                \
+    if (fault == llmc::kFits && step.rounds == 1)                                                    \
+      step.drawn[0] = step.jobs[0].finite ? step.jobs[0].token : -1;                                 \
+    return fault;                                                                                    \
+  }                                                                                                  \
+  extern "C" __attribute__((visibility("default"))) int32_t llmc_finish(void* engine,                \
+                                                                        int32_t wanted) {            \
+    return ((llmc::Pool*)engine)->finish(wanted != 0);                                               \
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from struct import Struct
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...spec.errors import ArtifactError, InternalError, TargetError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 Array = NDArray[Any]
 # What `StepFault` in kernels/cpu/step.hpp says is wrong, by its number.
 _FAULTS = (
@@ -29,6 +30,7 @@ _FAULTS = (
     "a slot lies outside of the cache",
     "what is to be sampled does not fit the step",
     "its sequences cannot go on for as many rounds",
+    "no drafts can be drawn behind it",
 )
 # One `SampleJob` of kernels/cpu/sample_step.hpp.
 SAMPLE_JOB = np.dtype(
@@ -75,6 +77,14 @@ class Jobs(NamedTuple):
 
 
 NO_JOBS = Jobs(None, 0, 0)
+
+
+class Drawing(NamedTuple):
+    """What another unit calls to have tokens drawn: the address of `llmc_draw`, an engine, and its fields."""
+
+    call: int
+    engine: int
+    fields: array[int]
 
 
 class StepInputs(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -128,12 +138,13 @@ class CpuLibrary:
         bound += [_address(arena), _address(scratch)]
         sample_scratch = aligned_zeros(self._library.llmc_sample_scratch_bytes(num_threads))
         # Sizes, four arrays, and of each group its table, its slots and the table's width; then what is bound
-        # here once; last the logits, the jobs and the rounds of the step.
+        # here once; last the logits, the jobs, the rounds and what is drawn behind the step.
         self._num_groups = len(num_pages)
         self._num_first = 9 + 3 * len(num_pages)
-        fields = [*[0] * self._num_first, *bound, 0, 0, 0, _address(sample_scratch), 0, 0, 0]
+        fields = [*[0] * self._num_first, *bound, 0, 0, 0, _address(sample_scratch), 0, 0, 0, 0]
         self._fields = array("q", fields)
-        self._first, self._jobs, self._rounds = Struct(f"={self._num_first}q"), Struct("=3q"), Struct("=3q")
+        self._first, self._jobs, self._rounds = Struct(f"={self._num_first}q"), Struct("=3q"), Struct("=4q")
+        self._ahead = 0
         self._pointer = (ctypes.c_int64 * len(fields)).from_buffer(self._fields)
         self._alive = (caches, weights, arena, scratch, sample_scratch)
         self._engine: int | None = self._library.llmc_open(num_threads)
@@ -177,16 +188,44 @@ class CpuLibrary:
             *addresses[5::2],
             *inputs.widths,
         )
-        self._jobs.pack_into(fields, size - 56, inputs.logits, inputs.jobs.address, inputs.jobs.length)
+        self._jobs.pack_into(fields, size - 64, inputs.logits, inputs.jobs.address, inputs.jobs.length)
         drawn = array("q", bytes(8 * rounds * num_sequences if rounds > 1 else 0))
         memory = array("q", bytes(8 * ((4 + groups) * num_sequences + 1) if rounds > 1 else 0))
-        self._rounds.pack_into(fields, size - 24, rounds, drawn.buffer_info()[0], memory.buffer_info()[0])
+        ahead, self._ahead = self._ahead, 0
+        addresses = drawn.buffer_info()[0], memory.buffer_info()[0]
+        self._rounds.pack_into(fields, size - 32, rounds, *addresses, ahead)
         fault = self._library.llmc_step(self._engine, self._pointer, len(fields))
         if fault:
-            self._refuse(fault)
+            self.refuse(fault)
         return drawn
 
-    def _refuse(self, fault: int) -> None:
+    def follow(self, ahead: int) -> None:
+        """The next step has drafts drawn behind it, as the `DraftAhead` at this address says (0: none)."""
+        self._ahead = ahead
+
+    def finish(self, is_wanted: bool) -> bool:
+        """Returns when no drafts are drawn ahead any more: whether they were, behind the last step. Those
+        that no thread has begun are drawn now if they are wanted, and else never."""
+        self._ahead = 0
+        return self._engine is not None and self._library.llmc_finish(self._engine, is_wanted) != 0
+
+    def drawing(self, tables: Sequence[int], widths: Sequence[int], tail: Sequence[int]) -> Drawing:
+        """Steps of one sequence whose tokens another unit's step gives, with block tables at these addresses;
+        `tail` is the address of the logits, of its one job, the rounds, and where their tokens and the memory
+        they need begin."""
+        assert self._engine is not None
+        fields = self._fields[:]
+        logits, job, rounds, drawn, memory = tail
+        first = [0, 0, 0, 0, self._num_threads, 0, 0, 0, 0, *tables, *[0] * self._num_groups, *widths]
+        self._first.pack_into(fields, 0, *first)
+        size = 8 * len(fields)
+        self._jobs.pack_into(fields, size - 64, logits, job, 1)
+        self._rounds.pack_into(fields, size - 32, rounds, drawn, memory, 0)
+        call = ctypes.cast(self._library.llmc_draw, ctypes.c_void_p).value
+        assert call is not None
+        return Drawing(call, self._engine, fields)
+
+    def refuse(self, fault: int) -> None:
         """Says why generated code did nothing."""
         if fault == 1:
             raise ArtifactError(
@@ -220,6 +259,8 @@ class CpuLibrary:
         library.llmc_close.argtypes = [ctypes.c_void_p]
         library.llmc_step.restype = ctypes.c_int32
         library.llmc_step.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64]
+        library.llmc_finish.restype = ctypes.c_int32
+        library.llmc_finish.argtypes = [ctypes.c_void_p, ctypes.c_int32]
 
 
 def _address(array: Array) -> int:

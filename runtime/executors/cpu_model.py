@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -79,14 +80,35 @@ class CpuModel:
         self._caches = _allocate(layout, num_pages)
         self._logits = np.empty((unit.max_logit_rows, vocab_size), dtype=np.float32)
         self._logits_address = int(self._logits.ctypes.data)
-        self._library = CpuLibrary(
+        self._open = partial(
+            CpuLibrary,
             library,
-            num_threads=num_threads,
             caches=[self._caches[layer] for layer in sorted(self._caches)],
             num_pages=num_pages,
             weights=resident(weights),
             arena=aligned_empty(unit.arena_bytes),
         )
+        self._library = self._open(num_threads=num_threads)
+
+    @property
+    def library(self) -> CpuLibrary:
+        """The engine that runs its steps."""
+        return self._library
+
+    @property
+    def layout(self) -> CacheLayout:
+        """Of its caches."""
+        return self._layout
+
+    @property
+    def logits_address(self) -> int:
+        """Where the logits of its steps begin."""
+        return self._logits_address
+
+    def beside(self) -> CpuLibrary:
+        """Another engine over the same weights, caches and arena, of one thread: whose steps never run while
+        others of this model do."""
+        return self._open(num_threads=1)
 
     def run(self, sequences: Sequence[SequencePart]) -> Iterator[TileLogits]:
         """Run one step, in as few calls as its bounds allow, writing K and V of every token; yields the

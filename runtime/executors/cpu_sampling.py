@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol import BlockCopy, RowResult, TokenLogprob
+from .cpu_ahead import CpuAhead
 from .cpu_library import SAMPLE_JOB, Jobs
 from .cpu_model import CpuModel, Owner
+from .cpu_row_state import RowState
 from .rows import Row, SegmentOutput
-from .stepped import draw_by_steps
+from .stepped import StepModel, draw_by_steps
 
 Mask = NDArray[np.uint32]
 
@@ -31,17 +33,6 @@ _ASKED, _ASKED_AT = Struct("=4q"), _place("mask")
 _LENGTH, _LENGTH_AT = Struct("=q"), _place("num_tokens")
 _TOP, _TOP_AT = Struct("=2q"), _place("top")
 _FOUND, _FOUND_AT = Struct("=4qd"), _place("finite")
-_COPIED = (
-    "temperature",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "min_p",
-    "top_p",
-    "seed",
-    "top_k",
-    "min_tokens",
-)
 
 
 class CpuSampled:
@@ -97,57 +88,26 @@ class CpuSampled:
     def close(self) -> None:
         self._model.close()
 
+    def ahead(self, draft: StepModel) -> CpuAhead | None:
+        """What draws with `draft` behind steps of this model; None where it is no generated code."""
+        if not isinstance(draft, CpuSampled):
+            return None
+        return CpuAhead(self._model.library, draft._model, draft._state_of)
+
     def _state(self, output: SegmentOutput, num_later: int = 0) -> RowState:
-        """What a row's jobs have in common, made when it first samples; with room for later tokens."""
-        state = self._states.get(output.row)
-        if state is None:
-            state = self._states[output.row] = RowState(output.row)
-        state.extend(output, num_later)
+        """What a row's jobs have in common, with its tokens, and room for later ones."""
+        state = self._state_of(output.row)
+        if output.samples:
+            known = output.row.token_ids
+            state.hold(known, len(known), output.segment.draft_ids, num_later)
         return state
 
-
-class RowState:
-    """The part of a row's jobs that does not change, and its tokens where penalties read them. `template` is
-    that part as the bytes of a job: joining arrays would promote each field of each of them."""
-
-    def __init__(self, row: Row) -> None:
-        sampling = row.entry.sampling
-        self._banned = np.asarray(sampling.banned_until_min, np.int64)
-        self._bias_ids = np.asarray([token for token, _ in sampling.logit_bias], np.int64)
-        self._biases = np.asarray([bias for _, bias in sampling.logit_bias], np.float32)
-        self._tokens = np.empty(0, np.int64)
-        self._num_tokens = 0
-        self._reads_tokens = (
-            sampling.repetition_penalty != 1.0
-            or sampling.presence_penalty != 0.0
-            or sampling.frequency_penalty != 0.0
-        )
-        self.wants_logprob = sampling.logprobs is not None
-        self.num_top = sampling.logprobs or 0
-        self._job = np.zeros(1, SAMPLE_JOB)
-        for name in _COPIED:
-            self._job[name] = getattr(sampling, name)
-        self._job["num_prompt_tokens"] = row.entry.num_prompt_tokens
-        self._job["banned"], self._job["num_banned"] = self._banned.ctypes.data, len(self._banned)
-        self._job["bias_ids"], self._job["biases"] = self._bias_ids.ctypes.data, self._biases.ctypes.data
-        self._job["num_biases"] = len(self._biases)
-        self._job["num_top"] = self.num_top
-        self.template = self._job.tobytes()
-
-    def extend(self, output: SegmentOutput, num_later: int) -> None:
-        """Brings the tokens up to the row's, with the segment's drafts, and room for `num_later`, behind."""
-        if not self._reads_tokens or not output.samples:
-            return
-        known, drafts = output.row.token_ids, output.segment.draft_ids
-        length = len(known) + len(drafts)
-        if length + num_later > len(self._tokens):
-            grown = np.empty(2 * (length + num_later), np.int64)
-            grown[: self._num_tokens] = self._tokens[: self._num_tokens]
-            self._tokens = grown
-            self._job["tokens"] = grown.ctypes.data
-            self.template = self._job.tobytes()
-        self._tokens[self._num_tokens : length] = [*known[self._num_tokens :], *drafts]
-        self._num_tokens = len(known)
+    def _state_of(self, row: Row) -> RowState:
+        """The same as it is, made when the row first samples."""
+        state = self._states.get(row)
+        if state is None:
+            state = self._states[row] = RowState(row)
+        return state
 
 
 class JobBatch:

@@ -22,12 +22,14 @@ class Row:
         self.entry = entry
         self.token_ids = list(entry.token_ids)
         self.tables: list[list[int]] = [[] for _ in layout.groups]
+        self.num_page_changes = 0
 
     def set_page(self, group: int, index: int, page: int) -> None:
         """Entry `index` of the block table of `group` becomes `page`."""
         table = self.tables[group]
         table.extend([-1] * (index + 1 - len(table)))
         table[index] = page
+        self.num_page_changes += 1
 
 
 class SegmentOutput:

@@ -51,10 +51,43 @@ class StepModel(Protocol):
         ...
 
 
+class Ahead(Protocol):
+    """Draws drafts of one row with a draft model behind a step of its target, while the step's caller goes
+    on: tokens that nobody may ask for, in pages that must stay the row's until they are taken."""
+
+    def prepare(self, row: Row, num_known: int, num_computed: int, num_drafts: int, count: int) -> bool:
+        """The target's next step has one segment: the last of `num_known` tokens of `row` and `num_drafts`
+        that stand behind them in it. `count` tokens are to be drawn behind what it samples; the draft model
+        has computed the first `num_computed`. False where it cannot."""
+        ...
+
+    def take(self, *, is_wanted: bool) -> tuple[int, list[int]] | None:
+        """Waits until nothing is being drawn: how many tokens the row had, and those drawn behind. None where
+        nothing was, or where it is not wanted."""
+        ...
+
+    def close(self) -> None:
+        """Waits until nothing is being drawn, and releases everything. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class AheadCapable(Protocol):
+    """A target's `StepModel` whose steps can have drafts drawn behind them."""
+
+    def ahead(self, draft: StepModel) -> Ahead | None:
+        """What draws with `draft`; None where the two do not fit together."""
+        ...
+
+
 class DraftModel(Protocol):
     """What proposes tokens for rows, and is told who enters and leaves them."""
 
     def apply(self, diff: RowDiff) -> None: ...
+
+    def expect(self, segments: Sequence[Segment]) -> None:
+        """A step of `segments` is the target's next: what will be asked for behind it may be drawn then."""
+        ...
 
     def propose(self, known: Sequence[tuple[int, Sequence[int]]], k: int) -> tuple[tuple[int, ...], ...]:
         """Up to `k` tokens behind each (row, its tokens)."""
@@ -164,6 +197,8 @@ class SteppedExecutor:
             self._row(change.row).set_page(change.group, change.index, change.block)
         self._model.copy_pages(plan.block_copies)
         outputs = [SegmentOutput(segment, self._row(segment.row)) for segment in plan.segments]
+        if self._draft_model is not None:
+            self._draft_model.expect(plan.segments)
         results = tuple(self._model.results(outputs, _split_masks(plan)))
         for segment, result in zip(plan.segments, results, strict=True):
             self._rows[segment.row].token_ids.extend(result.token_ids)
@@ -189,9 +224,9 @@ class SteppedExecutor:
 
     def close(self) -> None:
         if self._is_open:
-            self._model.close()
             if self._draft_model is not None:
                 self._draft_model.close()
+            self._model.close()
         self._is_open = False
         self._rows.clear()
         self._done.clear()

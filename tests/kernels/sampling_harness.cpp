@@ -48,9 +48,6 @@ EXPORT int64_t pool_missed(void* pool, int regions) {
     });
   return missed;
 }
-EXPORT void pool_close(void* pool) { delete static_cast<Pool*>(pool); }
-EXPORT int pool_threads(void* pool) { return static_cast<Pool*>(pool)->threads(); }
-
 // Runs `regions` regions of `rounds` rounds: in each round every thread adds what its neighbour wrote in the
 // round before. Returns the sum of all cells; any missed barrier changes it.
 EXPORT int64_t pool_work(void* pool, int64_t regions, int64_t rounds) {
@@ -73,3 +70,51 @@ EXPORT int64_t pool_work(void* pool, int64_t regions, int64_t rounds) {
   for (int t = 0; t < threads; ++t) total += cells[t].value[0];
   return total;
 }
+// Tasks between regions, each taken in another way: how often one ran that was said not to, or not the once that
+// it was said to, or was asked for and did not. `begun` counts those that a worker had begun when it was asked.
+struct Counted {
+  int64_t runs = 0;
+  int away_us = 0;
+  pthread_t by = pthread_self();
+};
+EXPORT int64_t pool_tasks(void* pool, int count, int64_t* begun) {
+  Pool& on = *static_cast<Pool*>(pool);
+  auto task = [](void* argument) {
+    Counted& one = *static_cast<Counted*>(argument);
+    if (one.away_us) usleep(one.away_us);
+    ++one.runs;
+    one.by = pthread_self();
+  };
+  int64_t wrong = 0;
+  for (int i = 0; i < count; ++i) {
+    Counted first, second;
+    first.away_us = i % 5 == 0 ? 300 : 0;
+    on.start(task, &first);
+    if (i % 7 == 1) {  // one that is started over another
+      on.start(task, &second);
+      wrong += first.runs > 1;
+    }
+    Counted& last = i % 7 == 1 ? second : first;
+    if (i % 3 == 0) usleep(50);
+    if (i % 4 == 2) wrong += pool_work(pool, 1, 3) < 0;
+    const bool is_wanted = i % 2 == 0;
+    const bool was_run = on.finish(is_wanted);
+    wrong += last.runs != was_run;
+    wrong += is_wanted && !was_run;
+    wrong += on.finish(true);
+    *begun += last.runs && !pthread_equal(last.by, pthread_self());
+  }
+  return wrong;
+}
+// Leaves a task under way that takes a while.
+EXPORT void pool_leave_task(void* pool, int64_t* runs) {
+  static_cast<Pool*>(pool)->start(
+      [](void* argument) {
+        usleep(20000);
+        ++*static_cast<int64_t*>(argument);
+      },
+      runs);
+}
+EXPORT int pool_finish(void* pool, int is_wanted) { return static_cast<Pool*>(pool)->finish(is_wanted); }
+EXPORT void pool_close(void* pool) { delete static_cast<Pool*>(pool); }
+EXPORT int pool_threads(void* pool) { return static_cast<Pool*>(pool)->threads(); }

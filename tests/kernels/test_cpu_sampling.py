@@ -49,6 +49,10 @@ def libraries(build):
         library.pool_close.argtypes = library.pool_threads.argtypes = [ctypes.c_void_p]
         library.pool_width.argtypes = library.pool_missed.argtypes = [ctypes.c_void_p, ctypes.c_int]
         library.pool_work.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        library.pool_tasks.restype = ctypes.c_int64
+        library.pool_tasks.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+        library.pool_leave_task.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        library.pool_finish.argtypes = [ctypes.c_void_p, ctypes.c_int]
     return loaded
 
 
@@ -235,6 +239,45 @@ def test_no_thread_is_missed_at_a_barrier_while_their_number_changes(libraries, 
     library = next(iter(libraries.values()))
     pool = library.pool_open_wary(threads, 2_000_000)
     assert library.pool_missed(pool, 150) == 0
+    library.pool_close(pool)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("spins", [0, 4000])
+def test_a_task_beside_the_caller_meets_barriers_and_runs_at_most_once(libraries, threads, spins):
+    library = next(iter(libraries.values()))
+    pool, begun = library.pool_open(threads, spins), ctypes.c_int64()
+    assert library.pool_tasks(pool, 210, ctypes.byref(begun)) == 0
+    assert begun.value == 0 if threads == 1 else begun.value > 0
+    library.pool_close(pool)
+
+
+def test_pools_open_and_close_with_a_task_under_way(libraries):
+    library = next(iter(libraries.values()))
+    for threads in (1, 2, 3):
+        pool, runs = library.pool_open(threads, 4000), ctypes.c_int64()
+        library.pool_leave_task(pool, ctypes.byref(runs))
+        library.pool_close(pool)
+        assert runs.value <= 1
+        found = runs.value
+        time.sleep(0.03)
+        assert runs.value == found
+
+
+def test_a_forked_child_does_not_wait_for_its_parent_s_task(libraries):
+    library = next(iter(libraries.values()))
+    pool, runs = library.pool_open(2, 100_000), ctypes.c_int64()
+    library.pool_leave_task(pool, ctypes.byref(runs))
+    time.sleep(0.005)
+    child = os.fork()
+    if child == 0:
+        library.pool_finish(pool, 1)
+        good = library.pool_tasks(pool, 20, ctypes.byref(ctypes.c_int64())) == 0
+        library.pool_close(pool)
+        os._exit(0 if good else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert library.pool_finish(pool, 1)
+    assert runs.value == 1
     library.pool_close(pool)
 
 

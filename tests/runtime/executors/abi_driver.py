@@ -1,6 +1,6 @@
 """Runs steps of an emitted library through its C ABI, in a process of its own: under sanitizers, or counted.
 
-usage: abi_driver.py FOLDER LIBRARY valid|hostile|allocations|forked|engines STEPS SEED THREADS
+usage: abi_driver.py FOLDER LIBRARY valid|hostile|allocations|forked|engines|ahead STEPS SEED THREADS
 """
 
 from __future__ import annotations
@@ -16,9 +16,17 @@ import msgspec
 import numpy as np
 
 from llmc.artifact.cpu import CPU_UNIT, decode_unit
+from llmc.runtime.config import RuntimeConfig
+from llmc.runtime.engine import Engine
+from llmc.runtime.executors import drafting
 from llmc.runtime.executors.cpu_library import NO_JOBS, SAMPLE_JOB, Jobs
 from llmc.runtime.executors.cpu_model import CpuModel, step_inputs
+from llmc.runtime.executors.cpu_sampling import CpuSampled
+from llmc.runtime.executors.drafting import Drafter
+from llmc.runtime.executors.stepped import SteppedExecutor
 from llmc.runtime.executors.tiles import SequencePart
+from llmc.runtime.protocol import ExecutorCaps, SamplingState
+from llmc.runtime.request import Request
 from llmc.spec.cache import CacheLayout
 from llmc.spec.errors import InternalError
 
@@ -185,6 +193,50 @@ def engines(streams, steps):
     print(*found)
 
 
+def ahead(folder, library, requests, seed, threads):
+    """Requests with a draft model of disturbed weights, whose drafts are drawn behind steps and when asked
+    for: both must be the same drafts."""
+    drafting._Worth.pays = True
+    found, num_taken = [], []
+    for is_ahead in (True, False):
+        rng = np.random.default_rng(seed)
+        target, layout, unit, vocab = open_model(folder, library, threads)
+        draft = open_model(folder, library, threads)[0]
+        for weight in draft._open.keywords["weights"]:
+            weight ^= (rng.random(weight.shape) < 0.002).astype(np.uint8)
+        caps = ExecutorCaps(
+            name="driven", vocab_size=vocab, max_context=160, max_rows=SEQUENCES, max_tokens=unit.max_tokens,
+            max_in_flight=1, cache=layout, num_blocks=tuple(PAGES * SEQUENCES for _ in layout.groups),
+        )  # fmt: skip
+        sampled, other = CpuSampled(target), CpuSampled(draft)
+        drafter = Drafter(other, caps, sampled.ahead(other) if is_ahead else None)
+        executor = SteppedExecutor(sampled, caps)
+        executor.attach(drafter)
+        config = RuntimeConfig(
+            max_requests=SEQUENCES, max_step_tokens=unit.max_tokens, speculation="draft", draft_tokens=3
+        )
+        engine, ended = Engine(executor, config), {}
+        for number in range(requests):
+            engine.add_request(Request(
+                request_id=number, max_tokens=40,
+                prompt_token_ids=tuple(rng.integers(0, vocab, int(rng.integers(1, 50))).tolist()),
+                sampling=SamplingState(
+                    temperature=float(rng.choice([0.0, 0.9])), seed=number,
+                    repetition_penalty=float(rng.choice([1.0, 1.2])),
+                ),
+            ))  # fmt: skip
+            while engine.num_running + engine.num_waiting > number % 2:  # alone, or with the one before
+                ended |= {each.request_id: each.finished for each in engine.step() if each.finished}
+        engine.close()
+        stats = engine.stats
+        tokens = sorted((number, each.output_token_ids) for number, each in ended.items())
+        found.append((tokens, stats.drafted_at, stats.accepted_at))
+        num_taken.append(drafter.num_taken)
+    if found[0] != found[1] or not all(found[0][1:]):
+        raise SystemExit(f"drafts differ: {found}")
+    print(num_taken[0], num_taken[1], hashlib.sha256(repr(found[0]).encode()).hexdigest())
+
+
 def main():
     folder, library, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     steps, seed, threads = (int(text) for text in sys.argv[4:7])
@@ -192,6 +244,8 @@ def main():
         return forked(Stream(folder, library, seed, threads), steps)
     if mode == "engines":
         return engines([Stream(folder, library, seed, 1 + count % threads) for count in range(4)], steps)
+    if mode == "ahead":
+        return ahead(folder, library, steps, seed, threads)
     rng = np.random.default_rng(seed)
     model, layout, unit, vocab = open_model(folder, library, threads)
     run = model._library.step

@@ -114,8 +114,19 @@ def test_engines_of_one_process_do_not_meet(emitted):
     assert found[4:] == [again] * 3
 
 
+def test_drafts_drawn_ahead_are_those_drawn_when_asked_for_on_any_number_of_threads(emitted):
+    library, seed = build(emitted, best_level(), "plain"), fresh_seed()
+    digests = set()
+    for threads in (1, 3):
+        ahead, asked, digest = drive(emitted, library, "ahead", 6, seed, threads)
+        assert int(ahead) >= 8, "the first request is alone: 40 tokens, at most 4 a step"
+        assert asked == "0"
+        digests.add(digest)
+    assert len(digests) == 1
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["valid", "hostile"])
+@pytest.mark.parametrize("mode", ["valid", "hostile", "ahead"])
 @pytest.mark.parametrize("which", [0, -1])
 def test_no_step_leaves_its_bounds(emitted, mode, which):
     level = supported_levels(processor_features())[which]
@@ -123,7 +134,7 @@ def test_no_step_leaves_its_bounds(emitted, mode, which):
         emitted, level, "watched", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
     )
     environment = {"LD_PRELOAD": runtime_library("libasan.so"), "ASAN_OPTIONS": "detect_leaks=0"}
-    drive(emitted, library, mode, 400, fresh_seed(), 2, **environment)
+    drive(emitted, library, mode, 8 if mode == "ahead" else 400, fresh_seed(), 2, **environment)
 
 
 @pytest.mark.slow
@@ -134,3 +145,4 @@ def test_no_two_threads_of_a_step_race(emitted):
         "TSAN_OPTIONS": "halt_on_error=1 report_signal_unsafe=0 ignore_noninstrumented_modules=1",
     }
     drive(emitted, library, "valid", 60, fresh_seed(), 3, **environment)
+    drive(emitted, library, "ahead", 6, fresh_seed(), 3, **environment)
