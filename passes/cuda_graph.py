@@ -38,8 +38,11 @@ _TAKEN_ALONG = (
     "llmc.gated_activation_packed.default",
 )
 _ATTENTION = "llmc.paged_attention.default"
-# From one launch to the next while recording, in Python, and for the driver to make it a node.
-_LAUNCH_S = 60e-6
+# From one launch to the next while recording, as operators are computed in Python, and for the driver to make
+# it a node.
+_RECORD_S = 60e-6
+# The same where a list of a step's launches stands ready, and what its numbers take to be found.
+_LAUNCH_S = 6e-6
 # Of keys and values that the tokens of one sequence read one after the other, which are in the GPU's cache
 # after the first: what the slowest GPU (A100) reads from its memory.
 _READ_AGAIN_BYTES_S = 2e12
@@ -74,13 +77,13 @@ class CudaGraph:
         own = sum(target.startswith("llmc.") and target not in _TAKEN_ALONG for target in targets)
         launches = _OWN_LAUNCHES + own + targets.count(_ATTENTION)
         rows = batch_sizes(self.max_rows)
-        fitting = int(self.load_seconds / (launches * _LAUNCH_S))
+        fitting = int(self.load_seconds / (launches * _RECORD_S))
         at_load = rows[:fitting]
         plan = CapturePlan(
             decode_rows=rows,
             at_load=at_load,
             num_launches=launches,
-            seconds=round(len(at_load) * launches * _LAUNCH_S, 3),
+            seconds=round(len(at_load) * launches * _RECORD_S, 3),
             load_seconds=self.load_seconds,
             keys_read_again=keys_read_again(launches, program.cache),
         )

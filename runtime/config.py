@@ -10,6 +10,7 @@ from ..spec.errors import UsageError
 
 ORDERS = ("hrrn", "fcfs", "priority")
 SPECULATIONS = ("none", "ngram", "draft")
+SWITCHES = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +24,10 @@ class RuntimeConfig:
     executor's draft model. `draft` is the path of an artifact that drafts: it makes `speculation` draft.
     `num_threads` is for the executor, 0 means one per core. `response_cache_bytes` are for finished responses
     of greedy and seeded requests, which the same request gets again without being computed; 0 keeps none.
-    `device_graphs` replays recorded steps of few tokens on a GPU; otherwise, and for others, kernels are
-    launched one by one. With `device_overlap` a kernel may begin there before the one ahead of it has ended,
-    from sm_90 on.
+    `device_graphs` replays recorded steps of few tokens on a GPU; `device_lists` launches the others by lists
+    that stand ready, and not kernel by kernel as operators are computed. Both are shown to give the tokens of
+    the latter when an artifact is loaded: where they do not, `auto` warns and goes without, `on` is an error.
+    With `device_overlap` a kernel may begin there before the one ahead of it has ended, from sm_90 on.
     A form of structured output that takes longer than `grammar_timeout_s` to compile is refused.
 
     `order` ranks the waiting requests of one key. With `fairness` the key that was served least comes first:
@@ -56,7 +58,8 @@ class RuntimeConfig:
     timeout_s: float | None = None
     num_threads: int = 0
     response_cache_bytes: int = 0
-    device_graphs: bool = False
+    device_graphs: Literal["auto", "on", "off"] = "auto"
+    device_lists: Literal["auto", "on", "off"] = "auto"
     device_overlap: bool = False
     grammar_timeout_s: float = 10.0
 
@@ -90,6 +93,10 @@ class RuntimeConfig:
             raise _invalid("order", self.order, f"one of {', '.join(ORDERS)}")
         if self.speculation not in SPECULATIONS:
             raise _invalid("speculation", self.speculation, f"one of {', '.join(SPECULATIONS)}")
+        for name in ("device_graphs", "device_lists"):
+            switch: object = getattr(self, name)
+            if switch not in SWITCHES:
+                raise _invalid(name, switch, f"one of {', '.join(SWITCHES)}")
         for name, weight in (("prompt_weight", self.prompt_weight), ("output_weight", self.output_weight)):
             if not 0 < weight < math.inf:
                 raise _invalid(name, weight, "a finite number above 0")

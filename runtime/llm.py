@@ -60,7 +60,7 @@ class LLM:
         digest: str = "",
     ) -> None:
         self.engine = Engine(executor, config, costs=costs)
-        self._executor_name = executor.caps.name
+        self._executor_name, self._details = executor.caps.name, dict(executor.caps.details)
         self.tokenizer = tokenizer
         self.spec = spec
         own = tokenizer.eos_token_ids if tokenizer is not None else ()
@@ -79,6 +79,11 @@ class LLM:
     def executor_name(self) -> str:
         """What runs the model, for reports."""
         return self._executor_name
+
+    @property
+    def executor_details(self) -> Mapping[str, object]:
+        """What it says of itself: device, threads, what it had to go without."""
+        return self._details
 
     @property
     def limits(self) -> EngineLimits:

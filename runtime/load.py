@@ -17,7 +17,7 @@ from .config import RuntimeConfig
 from .draft_loading import attach_draft, check_vocabulary, draft_config, with_draft
 from .executors.registry import open_executor
 from .llm import LLM
-from .oracle import check_oracle
+from .proof import check_executor
 from .protocol import Executor
 from .speculation_costs import measure_costs
 from .tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def _open(
             raise_damage(artifact, checked.result())
     with _closing_on_error(executor):
         ledger.mark(f"{name}verify")
-        check_oracle(executor, read_oracle(artifact))
+        check_executor(executor, read_oracle(artifact))
         ledger.mark(f"{name}oracle")
     return artifact, executor
 

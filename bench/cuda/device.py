@@ -35,12 +35,13 @@ class CompiledOnDemand:
     ) -> None:
         os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
         torch.zeros(1, device=DEVICE)
-        from llmc.runtime.executors import cuda_driver, cuda_kernels
+        from llmc.runtime.executors import cuda_driver, cuda_kernels, cuda_table
 
         self.driver = cuda_driver.CudaDriver(library)
         self.stream = current_stream
         self._compile_one = compile_one or _compile_here
         self._load, self._parameter = cuda_kernels.load_kernel, cuda_kernels.parameter_value
+        self._table, self._ready = cuda_table.LaunchTable, cuda_table.Ready
         self._functions: dict = {}
         self.machines: dict[str, Machine] = {}
         # Whether kernels that can may begin before the launch ahead of them has ended.
@@ -50,13 +51,11 @@ class CompiledOnDemand:
         if 0 in launch.grid:
             return
         specialisation = launch.specialisation
-        if specialisation not in self._functions:
-            self._functions[specialisation] = self._compile(specialisation)
+        function = self._function(specialisation)
         values = [
             self._parameter(name, kind, launch.values[name]) for name, kind in specialisation.parameters
         ]
         overlaps = self.overlaps and self.machines[specialisation.key].overlaps
-        function = self._functions[specialisation]
         self.driver.launch(function, launch.grid, self.stream(), values, overlaps=overlaps)
 
     def prepare(self, specialisations: Sequence[Specialisation]) -> None:
@@ -72,6 +71,23 @@ class CompiledOnDemand:
 
         self.stream = lambda: device.stream
         return lambda work: record(self.driver, device.stream, work)
+
+    def pack(self, specialisations: Sequence[Specialisation]):
+        """Launches of these, ready, as `CudaKernels.pack` has them."""
+        ready = [
+            self._ready(
+                self._function(each),
+                len(each.parameters),
+                self.overlaps and self.machines[each.key].overlaps,
+            )
+            for each in specialisations
+        ]
+        return self._table(self.driver, ready)
+
+    def _function(self, specialisation: Specialisation):
+        if specialisation not in self._functions:
+            self._functions[specialisation] = self._compile(specialisation)
+        return self._functions[specialisation]
 
     def _compile(self, specialisation: Specialisation):
         return self._loaded(specialisation, self._compile_one((specialisation, architecture())))

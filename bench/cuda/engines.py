@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
-from device import CompiledOnDemand
+from device import CompiledOnDemand, settled
 
 import models
 from llmc.codegen.cuda.dry_walk import needs_of
@@ -22,6 +22,7 @@ from llmc.runtime.executors.cuda_device import Device
 from llmc.runtime.executors.cuda_executor import CudaExecutor
 from llmc.runtime.executors.cuda_model import CudaModel
 from llmc.runtime.executors.stepped import SteppedExecutor
+from llmc.runtime.executors.tiles import SequencePart
 from llmc.runtime.protocol import ExecutorCaps, RowDiff, SamplingState
 from llmc.runtime.request import FinishReason, Request, RunningRequest
 from llmc.runtime.speculation import Speculator
@@ -38,6 +39,7 @@ SAMPLINGS = (
 TOKENS = 24
 RATES = ((1, 200), (64, 100))
 SHORT = 96  # tokens of a short prompt
+LENGTHS = 6  # of prompts whose launching is timed
 CONFIG = {"max_requests": 64, "max_step_tokens": 2048, "max_model_len": 2048}
 
 
@@ -51,6 +53,7 @@ def machine_of(launcher: CompiledOnDemand) -> Machine:
         recorder=launcher.recorder(device),
         free_bytes=free_bytes,
         details={},
+        pack=launcher.pack,
     )
 
 
@@ -66,7 +69,7 @@ class Served:
         self._weights = models.random_weights(self.program)
         self._machine, self._pages = machine, pages
 
-    def executor(self, *, graphs: bool) -> CudaExecutor:
+    def executor(self, *, graphs: bool, lists: bool = True) -> CudaExecutor:
         """One over the weights, with caches of its own."""
         layout, machine, config = self.program.cache, self._machine, self.config
         assert layout is not None
@@ -82,6 +85,7 @@ class Served:
                 device=machine.device,
                 max_tokens=config.max_step_tokens,
                 invariant=is_invariant(self.program.history),
+                pack=machine.pack if lists else None,
             )
             caps = ExecutorCaps(
                 name="cuda",
@@ -175,7 +179,11 @@ def same_tokens(shape: str, scheme: str, machine: Machine) -> dict:
     tokens["early"], _ = generated(early, config, prompts, SAMPLINGS, count)
     early.close()
     machine.launcher.overlaps = False
-    launching = served.executor(graphs=False)
+    if machine.pack is not None:
+        listing = served.executor(graphs=False)
+        tokens["by lists"], _ = generated(listing, config, prompts, SAMPLINGS, count)
+        listing.close()
+    launching = served.executor(graphs=False, lists=False)
     tokens["launched"], _ = generated(launching, config, prompts, SAMPLINGS, count)
     tokens["verified, launched"], _ = generated(launching, config, prompts, SAMPLINGS, count, drafts)
     caps = replace(launching.caps, max_in_flight=1)
@@ -215,10 +223,34 @@ def engine_rates(shape: str, scheme: str, machine: Machine) -> dict:
     found |= _verification(executor, config)
     found["first token of a short prompt, ms"] = {"replayed": _first_token_ms(executor, config)}
     executor.close()
-    launching = served.executor(graphs=False)
-    found["first token of a short prompt, ms"]["launched"] = _first_token_ms(launching, config)
-    launching.close()
+    for name, lists in (("by operators", False), ("by lists", True)):
+        if lists and machine.pack is None:
+            continue
+        launching = served.executor(graphs=False, lists=lists)
+        found["first token of a short prompt, ms"][name] = _first_token_ms(launching, config)
+        with machine.device.scope():
+            found[f"launching {name}, ms"] = _launching_ms(launching)
+        launching.close()
     return found
+
+
+def _launching_ms(executor: CudaExecutor) -> dict[str, float]:
+    """Milliseconds of the CPU until steps of one prompt were enqueued: of lengths that are new each time, and
+    the same one again."""
+    model, page = executor.launched, models.PAGE
+    times: dict[str, list[float]] = {"new": [], "again": []}
+    for tokens in range(SHORT, SHORT + LENGTHS):
+        ids = [1 + index % 50 for index in range(tokens)]
+        part = SequencePart(
+            start=0, token_ids=ids, block_tables=[list(range(-(-tokens // page)))], wanted=[tokens - 1]
+        )
+        for name in times:
+            settled()
+            began = time.perf_counter()
+            model.forward([part], lambda _: None)
+            times[name].append((time.perf_counter() - began) * 1e3)
+    settled()
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def _verification(executor: CudaExecutor, config: RuntimeConfig) -> dict:

@@ -101,7 +101,7 @@ PRODUCT_FORMS = ("bf16", *CODES, "fp8_channel+fp8_token", "int8_channel+int8_tok
 
 def artifact(out: Path, *, rehearses: bool) -> object:
     """The way of an artifact: the bundled model compiled for this GPU, loaded, held to its oracle, and
-    generated from with and without graphs; loading must compile nothing."""
+    generated from by graphs, by lists and kernel by kernel; loading must compile nothing."""
     from device import architecture
 
     import llmc
@@ -119,16 +119,18 @@ def artifact(out: Path, *, rehearses: bool) -> object:
         return loaded_by_stub(open_artifact(folder))
     texts: dict[str, object] = {}
     ledger = StartLedger()
-    for graphs in (True, False):
-        config = RuntimeConfig(max_requests=8, max_step_tokens=256, device_graphs=graphs)
-        with llmc.load(folder, config, ledger=ledger if graphs else None) as llm:
+    for name, (graphs, lists) in WAYS.items():
+        config = RuntimeConfig(max_requests=8, max_step_tokens=256, device_graphs=graphs, device_lists=lists)
+        with llmc.load(folder, config, ledger=ledger if name == "replayed" else None) as llm:
             settings = llmc.SamplingParams(max_tokens=40, temperature=0.8, seed=3)
-            texts[str(graphs)] = [
-                done.text for done in llm.generate(["Once upon a time", "The dog"], settings)
-            ]
-    if texts["True"] != texts["False"]:
-        raise AssertionError(f"replayed and launched steps differ: {texts}")
-    return {"same": True, "start": ledger.steps, "texts": texts["True"]}
+            texts[name] = [done.text for done in llm.generate(["Once upon a time", "The dog"], settings)]
+    if any(text != texts["replayed"] for text in texts.values()):
+        raise AssertionError(f"ways to run a step differ: {texts}")
+    return {"same": True, "start": ledger.steps, "texts": texts["replayed"]}
+
+
+# Settings for graphs and lists.
+WAYS = {"replayed": ("on", "on"), "by lists": ("off", "on"), "kernel by kernel": ("off", "off")}
 
 
 def correctness(*, rehearses: bool) -> object:

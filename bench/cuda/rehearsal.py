@@ -13,7 +13,9 @@ from tree import REPOSITORY
 
 
 class Rehearsed:
-    """A launcher that interprets, in place of `device.CompiledOnDemand`."""
+    """A launcher that interprets, in place of `device.CompiledOnDemand`; it has no lists."""
+
+    pack = None
 
     def __init__(self) -> None:
         from llmc.kernels.cuda.interpreter import correct_interpreter
@@ -117,7 +119,7 @@ def rehearse() -> None:
     models.SHAPES = dict.fromkeys(models.SHAPES, tiny)
     models.STEPS, models.PREFILL = ((1, 20), (2, 9)), 12
     models.MAX_CONTEXT = 256
-    engines.TOKENS, engines.SHORT = 2, 8
+    engines.TOKENS, engines.SHORT, engines.LENGTHS = 2, 8, 1
     engines.RATES = ((1, 4), (2, 3))
     engines.CONFIG = {"max_requests": 2, "max_step_tokens": 32, "max_model_len": 64}
     peers.MIXED = {"requests": 2, "least": 2, "most": 4}

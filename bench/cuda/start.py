@@ -23,7 +23,7 @@ import llmc
 from llmc.runtime.config import RuntimeConfig
 from llmc.runtime.load import StartLedger
 ledger = StartLedger()
-config = RuntimeConfig(max_requests=8, max_step_tokens=512, max_model_len=1024, device_graphs=True)
+config = RuntimeConfig(max_requests=8, max_step_tokens=512, max_model_len=1024)
 llm = llmc.load(sys.argv[1], config, ledger=ledger)
 ready = time.time() - began
 compilers = [name for name in ("triton",) if name in sys.modules]

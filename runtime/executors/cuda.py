@@ -4,7 +4,7 @@ launched kernel by kernel; both sample on the device."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,9 +25,10 @@ from ..page_budget import CacheDemand, bytes_of, demand_of, num_pages
 from ..protocol import ExecutorCaps
 from .cuda_device import Device
 from .cuda_driver import CudaDriver
-from .cuda_executor import CudaExecutor
+from .cuda_executor import GRAPHS, LISTS, CudaExecutor
 from .cuda_graphs import record
 from .cuda_kernels import CudaKernels
+from .cuda_lists import Pack
 from .cuda_model import CudaModel
 from .cuda_rows import DeviceRows
 from .cuda_steps import Recorder, StepGraphs
@@ -44,14 +45,15 @@ _IN_FLIGHT = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What an executor runs on: a device, what carries launches out and what records them (None: nothing
-    does), and the bytes that are free on it."""
+    """What an executor runs on: a device, what carries launches out, what records them and what makes lists
+    of them ready (None: nothing does), and the bytes that are free on it."""
 
     device: Device
     launcher: Launcher
     recorder: Recorder | None
     free_bytes: int
     details: dict[str, str]
+    pack: Pack | None = None
 
 
 def open_executor(artifact: Artifact, config: RuntimeConfig) -> CudaExecutor:
@@ -88,6 +90,7 @@ def open_machine(artifact: Artifact, *, overlaps: bool = False) -> Machine:
         recorder=lambda work: record(driver, device.stream, work),
         free_bytes=free_bytes,
         details={"device": torch.cuda.get_device_name(_DEVICE), "kernels": kernels.origin},
+        pack=kernels.pack,
     )
 
 
@@ -98,7 +101,8 @@ def make_executor(artifact: Artifact, config: RuntimeConfig, machine: Machine) -
     unit = decode_unit(artifact.read_bytes(CUDA_UNIT))
     stored = stored_program(artifact, unit)
     demand = demand_of(config, spec.max_context)
-    replays = machine.recorder is not None and config.device_graphs
+    replays = machine.recorder is not None and config.device_graphs != "off"
+    pack = None if config.device_lists == "off" else machine.pack
     plans = step_plans(unit.arenas, config, machine.free_bytes) if replays else ()
     lengths = tuple(group.pages_for(demand.max_model_len) for group in layout.groups)
     fixed = {
@@ -109,7 +113,7 @@ def make_executor(artifact: Artifact, config: RuntimeConfig, machine: Machine) -
     }
     free_bytes = machine.free_bytes - sum(fixed.values())
     pages = _pages(layout, demand, config, fixed, free_bytes)
-    model = _model(stored, layout, pages, machine, config.max_step_tokens)
+    model = _model(stored, layout, pages, replace(machine, pack=pack), config.max_step_tokens)
     caps = ExecutorCaps(
         name="cuda",
         vocab_size=spec.vocab_size,
@@ -154,22 +158,36 @@ def executor_around(
     space = make_space(device.zeros, most, caps.vocab_size)
     results = device.zeros((most, 2 + config.draft_tokens), "int32")
     device.settle()
-    graphs = None
-    if plans and machine.recorder is not None:
-        graphs = StepGraphs(
-            model,
-            rows.tables,
-            space,
-            results,
-            device=device,
-            launcher=machine.launcher,
-            recorder=machine.recorder,
-            plans=plans,
-            capture=capture,
-        )
-    return CudaExecutor(
-        model, rows, caps, device, sampler=sampler, space=space, results=results, graphs=graphs
+    executor = CudaExecutor(
+        model,
+        rows,
+        caps,
+        device,
+        sampler=sampler,
+        space=space,
+        results=results,
+        demanded=[name for name, switch in _switches(config).items() if switch == "on"],
     )
+    if plans and (recorder := machine.recorder) is not None:
+        executor.add_graphs(
+            lambda: StepGraphs(
+                model,
+                rows.tables,
+                space,
+                results,
+                device=device,
+                launcher=machine.launcher,
+                recorder=recorder,
+                plans=plans,
+                capture=capture,
+            )
+        )
+    return executor
+
+
+def _switches(config: RuntimeConfig) -> dict[str, str]:
+    """What the settings say of ways to run a step, by name."""
+    return {GRAPHS: config.device_graphs, LISTS: config.device_lists}
 
 
 def step_plans(arenas: Sequence[ArenaPlan], config: RuntimeConfig, free_bytes: int) -> tuple[ArenaPlan, ...]:
@@ -267,6 +285,7 @@ def _model(
             max_tokens=max_tokens,
             choose=stored.choose,
             invariant=stored.invariant,
+            pack=machine.pack,
         )
     except torch.OutOfMemoryError as error:
         raise TargetError(

@@ -1,5 +1,5 @@
-"""One piece of device memory that all captured steps compute in, every tensor where the artifact's plan puts
-it. Knows nothing of what is computed."""
+"""Device memory that steps compute in, one after another, every tensor where a plan puts it. Knows nothing of
+what is computed."""
 
 from __future__ import annotations
 
@@ -34,3 +34,18 @@ class Arena:
                 "Report this with the model and the batch sizes.",
             )
         return self._buffer[offset : offset + size].view(kind).view(shape)
+
+
+class StepMemory:
+    """One piece of memory for steps, as large as the largest so far needed. What it was before is free again
+    once the steps that were enqueued with it are done, if all are on one stream."""
+
+    def __init__(self, device: str) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def of(self, num_bytes: int) -> Tensor:
+        """At least `num_bytes` of it, a multiple of 16."""
+        if num_bytes > self._buffer.numel():
+            self._buffer = self._buffer.new_empty(0)  # both at once may be too much
+            self._buffer = self._buffer.new_empty(-(-num_bytes // 16) * 16)
+        return self._buffer

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .cuda_driver import lost_device
@@ -52,6 +55,20 @@ class Device:
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """Zeros on the device; `dtype` by name."""
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=self.name)
+
+    def sent(self, values: NDArray[Any]) -> Tensor:
+        """`values` on the device, without waiting for what is enqueued there."""
+        return self._pinned(values).to(self.name, non_blocking=True)
+
+    def put(self, values: NDArray[Any], target: Tensor) -> None:
+        """Enqueues a copy of `values` to a tensor of the device."""
+        target.copy_(self._pinned(values), non_blocking=True)
+
+    def _pinned(self, values: NDArray[Any]) -> Tensor:
+        """A copy that the device can read by itself: from other memory a copy waits for all that is enqueued.
+        torch gives its memory to nobody else before it was read."""
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        return tensor.pin_memory() if self.is_cuda else tensor
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Enqueues a copy between the device and staging memory."""

@@ -20,7 +20,7 @@ _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIA
 _LOST = frozenset({214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999})
 
 
-class _LaunchConfig(ctypes.Structure):
+class LaunchConfig(ctypes.Structure):
     """CUlaunchConfig of cuda.h."""
 
     _fields_ = (
@@ -33,10 +33,17 @@ class _LaunchConfig(ctypes.Structure):
     )
 
 
-class _LaunchAttribute(ctypes.Structure):
+class LaunchAttribute(ctypes.Structure):
     """CUlaunchAttribute of cuda.h, whose value has 64 bytes."""
 
     _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+def early_start() -> LaunchAttribute:
+    """The attribute of a launch that may begin before the one ahead of it has ended."""
+    early = LaunchAttribute(id=_PROGRAMMATIC_SERIALIZATION)
+    early.value[0] = 1
+    return early
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +111,8 @@ class CudaDriver:
         """Enqueue a launch; `parameters` are ctypes values, to which the two scratch pointers that triton's
         kernels take are added. With `overlaps` it may begin before the launch ahead has ended, for which the
         kernel must wait itself. Raises TargetError when the driver refuses."""
-        early = _LaunchAttribute(id=_PROGRAMMATIC_SERIALIZATION)
-        early.value[0] = 1
-        config = _LaunchConfig(
+        early = early_start()
+        config = LaunchConfig(
             grid=grid,
             block=(function.threads, 1, 1),
             shared_bytes=function.shared_bytes,
@@ -117,6 +123,11 @@ class CudaDriver:
         passed = [*parameters, ctypes.c_void_p(), ctypes.c_void_p()]
         addresses = (ctypes.c_void_p * len(passed))(*(ctypes.addressof(value) for value in passed))
         self.call("cuLaunchKernelEx", ctypes.byref(config), function.handle, addresses, None)
+
+    @property
+    def launch_function(self) -> Any:
+        """cuLaunchKernelEx itself, for who makes many calls of it and gives what they return to `check`."""
+        return self._library.cuLaunchKernelEx
 
     def _check_parameters(self, handle: ctypes.c_void_p, name: str, sizes: Sequence[int]) -> None:
         offset, size = ctypes.c_size_t(), ctypes.c_size_t()
@@ -150,7 +161,10 @@ class CudaDriver:
     def call(self, function: str, *arguments: Any) -> None:
         """Call a function of the driver. Raises TargetError with the driver's reason when it fails, and
         DeviceLostError where no other call will work after it."""
-        code = getattr(self._library, function)(*arguments)
+        self.check(function, getattr(self._library, function)(*arguments))
+
+    def check(self, function: str, code: int) -> None:
+        """Raises as `call` does where `function` of the driver returned `code`."""
         if not code:
             return
         text = ctypes.c_char_p()

@@ -3,7 +3,8 @@ when they are collected. Knows steps and rows; no kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.cuda.sampler import DeviceSampler, SampleSpace, make_space
-from ...spec.errors import DeviceLostError, InternalError
+from ...kernels.cuda.sampler import DeviceSampler, Samples, SampleSpace, make_space
+from ...spec.errors import DeviceLostError, InternalError, LlmcError
 from ..protocol import (
     Drafts,
     ExecutorCaps,
@@ -27,6 +28,7 @@ from ..protocol import (
 from ..sampling import is_finite, token_logprob
 from .cuda_control import keys_read_again, write_control
 from .cuda_device import Device
+from .cuda_listed_sampler import ListedSampler
 from .cuda_model import CudaModel
 from .cuda_rows import UNKNOWN, DeviceRows
 from .cuda_samples import filters, samples_of
@@ -34,6 +36,9 @@ from .cuda_steps import StepGraphs
 from .rows import SegmentOutput
 from .stepped import DraftModel, OracleSampled, StepModel
 
+# Ways to run a step beside launching each kernel as its operator is computed, and their settings.
+GRAPHS, LISTS = "recorded steps", "launch lists"
+_SETTINGS = {GRAPHS: "device_graphs", LISTS: "device_lists"}
 # Logits of a prompt that are on the CPU at a time.
 _SCORED_ROWS = 64
 
@@ -61,8 +66,8 @@ class _Flight:
 
 
 class CudaExecutor:
-    """`runtime.protocol.Executor` with `caps.max_in_flight` steps enqueued. Without `graphs` all steps are
-    launched kernel by kernel."""
+    """`runtime.protocol.Executor` with `caps.max_in_flight` steps enqueued. Without graphs (`add_graphs`) all
+    steps are launched. Of the ways to run a step, `demanded` may not be given up."""
 
     def __init__(
         self,
@@ -74,15 +79,19 @@ class CudaExecutor:
         sampler: DeviceSampler,
         space: SampleSpace,
         results: Tensor,
-        graphs: StepGraphs | None,
+        demanded: Collection[str] = (),
     ) -> None:
         self._model, self._rows, self._caps, self._device = model, rows, caps, device
-        self._sampler, self._space, self._results, self._graphs = sampler, space, results, graphs
+        self._sampler, self._space, self._results = sampler, space, results
+        self._graphs: StepGraphs | None = None
+        self._replays = False
+        self._ways = {LISTS: LISTS in demanded} if model.has_lists else {}
+        self._demanded = demanded
+        self._listed_sampler = ListedSampler(model, rows.tables, space) if model.has_lists else None
         # Staging memory of a step is used again only after the step was collected.
-        shape = (0, 0) if graphs is None else tuple(graphs.inputs.control.shape)
-        slots = range(caps.max_in_flight + 1)
-        self._controls = [device.staging(shape, torch.int32) for _ in slots]
-        self._arrived = [device.staging(tuple(results.shape), torch.int32) for _ in slots]
+        self._slots = range(caps.max_in_flight + 1)
+        self._controls: list[Tensor] = []
+        self._arrived = [device.staging(tuple(results.shape), torch.int32) for _ in self._slots]
         self._flights: dict[Ticket, _Flight] = {}
         self._num_tickets = 0
         self._is_open = True
@@ -93,6 +102,55 @@ class CudaExecutor:
     @property
     def caps(self) -> ExecutorCaps:
         return self._caps
+
+    @property
+    def launched(self) -> CudaModel:
+        """What launched steps are enqueued by."""
+        return self._model
+
+    def add_graphs(self, make: Callable[[], StepGraphs]) -> None:
+        """Replays steps from now on. Where they cannot be recorded and need not be, it says so, and goes
+        without them."""
+        try:
+            self._graphs = make()
+        except DeviceLostError:
+            raise
+        except (LlmcError, RuntimeError) as error:  # torch's own are RuntimeErrors
+            if GRAPHS in self._demanded:
+                raise
+            self.give_up(GRAPHS, f"Recording failed: {error}")
+            return
+        self._ways[GRAPHS] = GRAPHS in self._demanded
+        self._replays = True
+        shape = tuple(self._graphs.inputs.control.shape)
+        self._controls = [self._device.staging(shape, torch.int32) for _ in self._slots]
+
+    @property
+    def ways(self) -> Mapping[str, bool]:
+        """`runtime.proof.Provable`: recorded steps and lists, those that there are."""
+        return dict(self._ways)
+
+    def run_by(self, ways: Collection[str]) -> None:
+        with suppress(DeviceLostError):  # whoever waited for these steps was told
+            for flight in self._flights.values():
+                flight.wait()
+        self._flights.clear()
+        self._rows.leave(tuple(self._rows.rows))
+        self._replays = GRAPHS in ways and self._graphs is not None
+        self._model.uses_lists = LISTS in ways and self._model.has_lists
+
+    def give_up(self, way: str, reason: str) -> None:
+        self._ways.pop(way, None)
+        if way == GRAPHS:
+            graphs, self._graphs, self._replays = self._graphs, None, False
+            if graphs is not None:
+                graphs.close()
+        logging.getLogger("llmc.runtime").warning(
+            "The GPU runs without %s, slower and with the same tokens. %s Report this with the model, the "
+            "GPU and its driver; %s=off says that it is known.",
+            *(way, reason, _SETTINGS[way]),
+        )
+        self._caps = replace(self._caps, details={**self._caps.details, way: f"given up: {reason}"})
 
     @property
     def model(self) -> StepModel:
@@ -170,7 +228,12 @@ class CudaExecutor:
     def _bucket(self, plan: StepPlan, outputs: Sequence[SegmentOutput]) -> int | None:
         """The tokens of the graph that runs a step; None where it has to be launched. Logprobs of prompts
         are read while a step runs."""
-        if self._graphs is None or not outputs or any(output.scores_prompt for output in outputs):
+        if (
+            not self._replays
+            or self._graphs is None
+            or not outputs
+            or any(output.scores_prompt for output in outputs)
+        ):
             return None
         return self._graphs.bucket(plan.num_tokens, keys_read_again(outputs))
 
@@ -182,7 +245,7 @@ class CudaExecutor:
         mask = plan.grammar_mask
         places = write_control(control.numpy(), outputs, has_masks=mask is not None)
         if mask is not None:
-            inputs.masks[: len(mask)].copy_(torch.from_numpy(_as_int32(mask)))
+            self._device.put(_as_int32(mask), inputs.masks[: len(mask)])
         self._device.copy(control, inputs.control)
         graph.recorded.replay()
         self.num_replayed += 1
@@ -206,25 +269,23 @@ class CudaExecutor:
 
         def fill(ids: Tensor) -> None:
             if unknown:
-                rows = torch.tensor(owners, dtype=torch.int32).to(self._device.name)
+                rows = self._device.sent(np.asarray(owners, np.int32))
                 self._sampler.fill_ids(ids, rows, self._rows.tables.state)
 
         logits = self._model.forward([each.sequence for each in outputs], fill)
         self.num_launched += 1
-        found = samples_of(outputs, plan.masks(), self._device.name)
+        found = samples_of(outputs, plan.masks(), self._device)
         scored = self._scores(outputs, logits)
         read: dict[int, Tensor] = {}
         segments: Sequence[int] = ()
         if found is not None:
             assert logits is not None
-            places = torch.tensor(found.places).to(self._device.name)
-            rows = logits if len(found.places) == len(logits) else logits.index_select(0, places)
+            rows = logits
+            if len(found.places) != len(logits):
+                rows = logits.index_select(0, self._device.sent(np.asarray(found.places)))
             count, segments = len(found.segments), found.segments
-            space = self._space_for(len(rows), rows.shape[1])
-            results = self._results[:count]
-            filtered = filters(outputs)
-            self._sampler.sample(rows, found.samples, self._rows.tables, space, results, filtered=filtered)
-            self._device.copy(results, arrived[:count])
+            self._sample(rows, found.samples, self._results[:count], filtered=filters(outputs))
+            self._device.copy(self._results[:count], arrived[:count])
             read = self._read_logits(rows, _sampled_places(outputs))
         return _Flight(
             plan=plan,
@@ -236,11 +297,15 @@ class CudaExecutor:
             wait=self._device.mark(),
         )
 
-    def _space_for(self, num_rows: int, vocab_size: int) -> SampleSpace:
-        """The executor's own space where it is large enough, which is but for long drafts."""
-        if num_rows <= len(self._space.shaped):
-            return self._space
-        return make_space(self._device.zeros, num_rows, vocab_size)
+    def _sample(self, logits: Tensor, samples: Samples, results: Tensor, *, filtered: bool) -> None:
+        """Samples a launched step, in the executor's own space where it is large enough, which is but for
+        long drafts."""
+        is_usual = len(logits) <= len(self._space.shaped)
+        if is_usual and self._listed_sampler is not None and self._model.uses_lists:
+            self._listed_sampler.sample(logits, samples, results, self._device.stream, filtered=filtered)
+            return
+        space = self._space if is_usual else make_space(self._device.zeros, *logits.shape)
+        self._sampler.sample(logits, samples, self._rows.tables, space, results, filtered=filtered)
 
     def _read_logits(self, logits: Tensor, wanted: dict[int, list[int]]) -> dict[int, Tensor]:
         """Copies of the logits of segments, on their way to the CPU."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...artifact.cuda import CudaKernel, CudaUnit
@@ -13,6 +13,7 @@ from ...kernels.cuda.launch import Launch, Specialisation
 from ...spec.errors import InternalError, TargetError
 from ...spec.target import CUDA_ARCHITECTURES
 from .cuda_driver import CudaDriver, Function
+from .cuda_table import LaunchTable, Ready
 
 _ALIGNMENT = 16
 _SCALARS: dict[str, Any] = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
@@ -92,21 +93,33 @@ class CudaKernels:
         """Enqueue it. Raises InternalError for a kernel that the artifact does not have."""
         if 0 in launch.grid:
             return
-        key = self._keys.get(launch.specialisation)
+        kernel = self._kernel(launch.specialisation)
+        parameters = [parameter_value(name, kind, launch.values[name]) for name, kind in kernel.parameters]
+        overlaps = self._overlaps and kernel.overlaps
+        function = self.functions[kernel.key]
+        self._driver.launch(function, launch.grid, self._stream(), parameters, overlaps=overlaps)
+
+    def pack(self, specialisations: Sequence[Specialisation]) -> LaunchTable:
+        """Launches of these, ready. Raises InternalError for a kernel that the artifact does not have."""
+        kernels = [self._kernel(each) for each in specialisations]
+        ready = [
+            Ready(self.functions[each.key], len(each.parameters), self._overlaps and each.overlaps)
+            for each in kernels
+        ]
+        return LaunchTable(self._driver, ready)
+
+    def _kernel(self, specialisation: Specialisation) -> CudaKernel:
+        key = self._keys.get(specialisation)
         if key is None:
-            key = self._keys.setdefault(launch.specialisation, launch.specialisation.key)
+            key = self._keys.setdefault(specialisation, specialisation.key)
         if key not in self._kernels:
             raise InternalError(
                 "cuda.kernel_missing",
-                f"A step needs kernel {launch.specialisation.kernel!r} in a form that was not compiled.",
-                f"It is {launch.specialisation}.",
+                f"A step needs kernel {specialisation.kernel!r} in a form that was not compiled.",
+                f"It is {specialisation}.",
                 "Report this with the model; kernels are never compiled while serving.",
             )
-        parameters = [
-            parameter_value(name, kind, launch.values[name]) for name, kind in self._kernels[key].parameters
-        ]
-        overlaps = self._overlaps and self._kernels[key].overlaps
-        self._driver.launch(self.functions[key], launch.grid, self._stream(), parameters, overlaps=overlaps)
+        return self._kernels[key]
 
 
 def _tell(capability: tuple[int, int], architecture: str, count: int) -> None:

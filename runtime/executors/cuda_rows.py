@@ -69,13 +69,10 @@ class DeviceRows:
         for entries, table in zip(latest, self.tables.tables, strict=True):
             if entries:
                 packed = [(row, index, block) for (row, index), block in entries.items()]
-                self._sampler.change_pages(self._sent(np.asarray(packed, np.int32)), table)
+                self._sampler.change_pages(self._device.sent(np.asarray(packed, np.int32)), table)
 
     def _write(self, table: torch.Tensor, row: int, values: np.ndarray) -> None:
-        table[row].copy_(torch.from_numpy(values))
-
-    def _sent(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device.name)
+        self._device.put(values, table[row])
 
 
 def _uses(sampling: SamplingState) -> int:

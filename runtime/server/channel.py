@@ -69,6 +69,7 @@ class LocalChannel:
             num_blocks=tuple(caps.available()),
             page_tokens=tuple(group.page_tokens for group in caps.groups),
             speculates=llm.engine.config.speculation != "none",
+            details={name: str(value) for name, value in llm.executor_details.items()},
         )
 
     @property

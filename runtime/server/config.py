@@ -12,6 +12,7 @@ from ...spec.errors import UsageError
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Switch = Literal["auto", "on", "off"]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,7 +26,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     that drafts for it. `response_cache_bytes` bounds the memory for responses of greedy and seeded requests,
     which are answered from there when they are asked again. A form of structured output that takes longer
     than `grammar_timeout_s` to compile is a 400. `fairness`, `long_prompt_tokens`, `long_share` and
-    `max_wait_s` say who goes first, as in RuntimeConfig. Settings that are None are the server's.
+    `max_wait_s` say who goes first, `device_graphs` and `device_lists` how a GPU runs steps, as in
+    RuntimeConfig. Settings that are None are the server's.
     """
 
     artifact: str
@@ -48,6 +50,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     long_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
     max_wait_s: Seconds | None = None
     grammar_timeout_s: Seconds | None = None
+    device_graphs: Switch | None = None
+    device_lists: Switch | None = None
 
     @property
     def served_name(self) -> str:
@@ -106,6 +110,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     long_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
     max_wait_s: Seconds | None = None
     grammar_timeout_s: Seconds | None = None
+    device_graphs: Switch | None = None
+    device_lists: Switch | None = None
 
     def validate(self) -> None:
         """Raises UsageError for settings that do not fit together."""

@@ -57,7 +57,7 @@ Event = Said | Failed
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What does not change while an engine lives. `defaults` are the model's own generation settings;
-    `speculates` says whether tokens are drafted."""
+    `speculates` says whether tokens are drafted; `details` are the executor's own, by name."""
 
     executor: str
     limits: EngineLimits
@@ -66,6 +66,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: tuple[int, ...] = ()
     page_tokens: tuple[int, ...] = ()
     speculates: bool = False
+    details: dict[str, str] = {}
 
 
 class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):

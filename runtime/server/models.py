@@ -31,6 +31,8 @@ _ENGINE_SETTINGS = (
     "long_share",
     "max_wait_s",
     "grammar_timeout_s",
+    "device_graphs",
+    "device_lists",
 )
 
 

@@ -37,6 +37,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     executor: str
+    details: dict[str, str]
     num_running: int
     num_waiting: int
     max_requests: int
@@ -104,6 +105,7 @@ def _model_status(model: ServedModel, now_s: float) -> ModelStatus:
     return ModelStatus(
         name=model.name,
         executor=model.client.facts.executor,
+        details=model.client.facts.details,
         num_running=snapshot.num_running,
         num_waiting=snapshot.num_waiting,
         max_requests=model.codec.limits.max_requests,

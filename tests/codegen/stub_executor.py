@@ -53,5 +53,6 @@ def stubbed_executor(artifact, library, interpreted, config, free_bytes=1 << 30)
         recorder=lambda work: record(driver, device.stream, interpreted.enqueued(work)),
         free_bytes=free_bytes,
         details={},
+        pack=kernels.pack,
     )
     return make_executor(artifact, config, machine)

@@ -40,8 +40,9 @@ machine = Machine(
     recorder=lambda work: record(driver, device.stream, work),
     free_bytes=1 << 30,
     details={},
+    pack=kernels.pack,
 )
-config = RuntimeConfig(max_requests=2, max_step_tokens=32, max_model_len=48, device_graphs=True)
+config = RuntimeConfig(max_requests=2, max_step_tokens=32, max_model_len=48)
 executor = make_executor(artifact, config, machine)
 part = SequencePart(start=0, token_ids=[1, 5, 9], block_tables=[[0]], wanted=[2])
 executor.close()
