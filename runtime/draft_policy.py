@@ -233,12 +233,12 @@ class DraftPolicy:
             return
         expected_s = self._step_s(num_requests, num_tokens, num_asked, num_drawn)
         size = num_requests.bit_length()
-        plain = self._plain.setdefault(size, Pace())
+        plain = _pace_of(self._plain, size)
         if not is_drafted:
             if expected_s > 0 and not num_drawn:
                 plain.observe(seconds / expected_s)
             return
-        drafted = self._drafted.setdefault(size, Pace())
+        drafted = _pace_of(self._drafted, size)
         if expected_s > 0:
             ratio = seconds / (expected_s * plain.factor)
             if not self.is_off:
@@ -316,3 +316,11 @@ class DraftPolicy:
             if len(self._seconds) < _MOST_KEPT:
                 self._seconds[key] = seconds
         return seconds
+
+
+def _pace_of(paces: dict[int, Pace], size: int) -> Pace:
+    """That of the requests of one size."""
+    found = paces.get(size)
+    if found is None:
+        found = paces[size] = Pace()
+    return found

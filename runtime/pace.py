@@ -20,25 +20,25 @@ class Pace:
     def __init__(self) -> None:
         self._first: list[float] = []
         self._log = 0.0
-
-    @property
-    def factor(self) -> float:
-        """What to multiply expected seconds with."""
-        return math.exp(self._log)
+        self.factor = 1.0  # what to multiply expected seconds with
 
     def observe(self, ratio: float, share: float = LEAST_SHARE) -> None:
         """One more step, and what it counts for; `ratio` is positive."""
         if len(self._first) < FIRST:
             self._first.append(math.log(ratio))
             if len(self._first) >= FEWEST:
-                self._log = statistics.median(self._first)
+                self._believe(statistics.median(self._first))
             return
-        self._log += share * min(max(math.log(ratio) - self._log, -MOST_PULL), MOST_PULL)
+        pull = math.log(ratio) - self._log
+        self._believe(self._log + share * min(max(pull, -MOST_PULL), MOST_PULL))
 
     def relax(self) -> None:
         """What made steps slower is long ago: half of it is believed."""
-        self._log = min(self._log, 0.5 * self._log)
+        self._believe(min(self._log, 0.5 * self._log))
 
     def restart(self) -> None:
         """The middle one of the next few is believed again."""
         self._first.clear()
+
+    def _believe(self, log: float) -> None:
+        self._log, self.factor = log, math.exp(log)

@@ -143,6 +143,8 @@ class DraftProposer:
         if not requests:
             return {}
         drafts = self._executor.propose([request.row for request in requests], k)
+        if len(requests) == 1:
+            return {requests[0]: drafts.token_ids[0]} if drafts.token_ids[0] else {}
         return {
             request: draft_ids
             for request, draft_ids in zip(requests, drafts.token_ids, strict=True)
@@ -184,7 +186,8 @@ class Speculator:
             return {}
         if proposer.is_free:
             return self._propose_free(requests)
-        shortest = requests[0] if policy.steps_to_trial else min(requests, key=_num_tokens)
+        is_first = policy.steps_to_trial or len(requests) == 1
+        shortest = requests[0] if is_first else min(requests, key=_num_tokens)
         count = policy.choose(len(requests), shortest=_num_tokens(shortest))
         if not count:
             self._num_resting = min(QUESTION_REST, policy.steps_to_trial) if policy.is_off else 0

@@ -31,9 +31,12 @@ class CpuAhead:
         self._job = array("q", bytes(SAMPLE_JOB.itemsize))
         self._drawn = array("q", bytes(8 * MOST_IDS))
         self._memory = array("q", bytes(8 * (5 + len(self._tables))))
+        self._row: Row | None = None
+        self._state: RowState | None = None
         self._made: tuple[object, ...] = ()
         self._fields = array("q")
         self._ahead = array("q", bytes(8 * (_FIXED + MOST_IDS)))
+        self._address = self._ahead.buffer_info()[0]
         self._count = 0
         # Whoever drops all of it without closing must not free what a worker still reads.
         self._end = weakref.finalize(self, target.finish, False)
@@ -43,14 +46,14 @@ class CpuAhead:
         """As `stepped.Ahead` has it."""
         if num_drafts + 2 > MOST_IDS or count > MOST_IDS:
             return False
-        state = self._state_of(row)
+        state = self._state if row is self._row and self._state is not None else self._state_of(row)
         state.hold(row.token_ids, num_known, (), 1 + count)
-        made = (row, row.num_page_changes, state.template, count)
-        if made != self._made:
+        made = (row.num_page_changes, state.template, count)
+        if row is not self._row or made != self._made:
             self._bind(row, state, count)
-            self._made = made
+            self._row, self._state, self._made = row, state, made
         self._ahead[_NUM_COMPUTED] = num_computed
-        self._target.follow(self._ahead.buffer_info()[0])
+        self._target.follow(self._address)
         return True
 
     def take(self, *, is_wanted: bool) -> tuple[int, list[int]] | None:

@@ -15,8 +15,9 @@ from .stepped import Ahead, StepModel
 
 # Tokens that rows may be behind in one call: reading more would hold up everybody's next token.
 MAX_CATCH_UP = 512
-# Drafts are drawn ahead again after so many that were not, where waiting for them took longer.
-RETRY_CALLS = 1024
+# Drafts are drawn ahead again after so many calls without, where waiting for them took longer; of so many
+# waits one is timed.
+RETRY_CALLS, TIMED_EVERY = 1024, 8
 
 
 @dataclass(slots=True, eq=False)
@@ -35,25 +36,24 @@ class _Worth:
     are asked for, with all threads. Microseconds a draft of both."""
 
     def __init__(self) -> None:
+        self.pays = False  # not before it is known what a call takes
         self._waits = Pace()
         self._calls = Pace()
         self._num_calls = 0
 
-    @property
-    def pays(self) -> bool:
-        return self._num_calls > 0 and self._waits.factor <= self._calls.factor
-
     def observe_wait(self, seconds: float, count: int) -> None:
         """Drafts that were drawn ahead, `count` of them, were waited for."""
-        self._num_calls = 1
+        self._num_calls = 0
         self._waits.observe(max(seconds * 1e6, 0.1) / count)
+        self.pays = self._waits.factor <= self._calls.factor
 
     def observe_call(self, seconds: float, count: int) -> None:
         """So many were drawn when they were asked for."""
         self._calls.observe(max(seconds * 1e6, 0.1) / count)
         self._num_calls += 1
-        if self._num_calls > RETRY_CALLS:
-            self._num_calls, self._waits = 1, Pace()
+        if self._num_calls == RETRY_CALLS:
+            self._num_calls, self._waits = 0, Pace()
+        self.pays = self._waits.factor <= self._calls.factor
 
 
 class Drafter:
@@ -100,12 +100,12 @@ class Drafter:
     def propose(self, known: Sequence[tuple[int, Sequence[int]]], k: int) -> tuple[tuple[int, ...], ...]:
         """Up to `k` tokens behind each (row, its tokens); none for a row that has to catch up further, or for
         which the draft model has no pages or positions left."""
+        if self._is_ahead and (drawn := self._take(known, k)):
+            return (drawn,)
+        started_s = self._clock()
         rows = [self._rows[number] for number, _ in known]
         for each, (_, token_ids) in zip(rows, known, strict=True):
             self._learn(each, token_ids)
-        if self._is_ahead and self._take(rows, k):
-            return (tuple(rows[0].row.token_ids[rows[0].num_known :][:k]),)
-        started_s = self._clock()
         is_alone = len(rows) == 1 and rows[0].num_known <= rows[0].num_computed + 2
         self._draw([each for each in rows if self._reserve(each, k)], k)
         self._asked = (rows[0], k) if len(rows) == 1 else None
@@ -137,26 +137,31 @@ class Drafter:
         self._model.close()
         self._rows.clear()
 
-    def _take(self, rows: Sequence[_DraftRow], k: int) -> bool:
-        """Makes what was drawn ahead the row's, where the row is the only one."""
+    def _take(self, known: Sequence[tuple[int, Sequence[int]]], k: int) -> tuple[int, ...]:
+        """Makes what was drawn ahead the row's, where the row is the only one: up to `k` tokens of it."""
         assert self._ahead is not None
         assert self._asked is not None
         self._is_ahead = False
         each, count = self._asked
-        is_wanted = len(rows) == 1 and rows[0] is each
-        started_s = self._clock()
+        is_wanted = len(known) == 1 and self._rows.get(known[0][0]) is each
+        is_timed = self.num_taken % TIMED_EVERY == 0
+        started_s = self._clock() if is_timed else 0.0
         drawn = self._ahead.take(is_wanted=is_wanted)
         if drawn is None:
-            return False
-        self._worth.observe_wait(self._clock() - started_s, count)
-        num_known, token_ids = drawn
-        if num_known != each.num_known:
-            return False
-        each.row.token_ids.extend(token_ids)
-        each.num_computed = max(each.num_computed, len(each.row.token_ids) - 1)
-        self._asked = (each, k)
+            return ()
+        if is_timed:
+            self._worth.observe_wait(self._clock() - started_s, count)
         self.num_taken += 1
-        return bool(token_ids)
+        num_known, draft_ids = drawn
+        self._learn(each, known[0][1])
+        if num_known != each.num_known:
+            return ()
+        held = each.row.token_ids
+        held.extend(draft_ids)
+        each.num_computed = max(each.num_computed, len(held) - 1)
+        if k != count:
+            self._asked = (each, k)
+        return tuple(draft_ids[:k])
 
     def _drop(self) -> None:
         """What is being drawn ahead is no longer wanted; its pages may be given away."""

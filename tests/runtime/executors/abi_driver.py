@@ -196,7 +196,7 @@ def engines(streams, steps):
 def ahead(folder, library, requests, seed, threads):
     """Requests with a draft model of disturbed weights, whose drafts are drawn behind steps and when asked
     for: both must be the same drafts."""
-    drafting._Worth.pays = True
+    drafting._Worth.pays = property(lambda self: True, lambda self, pays: None)
     found, num_taken = [], []
     for is_ahead in (True, False):
         rng = np.random.default_rng(seed)

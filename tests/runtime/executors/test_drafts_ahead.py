@@ -41,6 +41,12 @@ CONFIG = RuntimeConfig(
 )
 
 
+class AlwaysWorth(drafting._Worth):
+    """Draws ahead however long it takes."""
+
+    pays = property(lambda self: True, lambda self, pays: None)
+
+
 @pytest.fixture(scope="module")
 def unit(cpu_artifact):
     artifact = open_artifact(cpu_artifact)
@@ -51,7 +57,7 @@ def unit(cpu_artifact):
 def pair(unit, monkeypatch):
     """`pair(threads, ahead)`: an executor with a draft model of its own weights, some of them disturbed, and
     its drafter. It always draws ahead where it can."""
-    monkeypatch.setattr(drafting._Worth, "pays", True)
+    monkeypatch.setattr(drafting, "_Worth", AlwaysWorth)
     opened = []
 
     def make(threads, ahead=True, config=CONFIG):
