@@ -158,12 +158,13 @@ def _trials(site: Site, weight: Callable[[str], Tensor], count: int, choose: Cho
     norm = None if site.norm is None else bound(site.norm)
     x = torch.randn(count, site.width).to(operands[0].device, site.dtype)
     is_dense = len(operands) == 2
+    scheme = NO_SCHEME if is_dense else operands[4]
     product = ProductClass(
-        kernel=DENSE if is_dense else coded_kernel(operands[4]),
-        scheme=NO_SCHEME if is_dense else operands[4],
+        kernel=DENSE if is_dense else coded_kernel(scheme),
+        scheme=scheme,
         n=operands[0 if is_dense else 1].shape[0],
         k=site.width,
-        rows=rows_of_program(count),
+        rows=rows_of_program(count, scheme),
     )
     tried = variants_of(product, choose(product))
     return [_Trial(product.name, each, x, site, operands, norm) for each in tried]

@@ -23,6 +23,8 @@ from .cubin import check_parameters
 
 # Of a block at most (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+# Of tensor memory, from sm_100 on (PTX ISA, "Tensor Memory").
+TENSOR_COLUMNS = 512
 # Constants of kernels that are the architecture's, not a specialisation's, and the first that has what they
 # ask for: launches that begin early, products of e4m3.
 FEATURES = {"PDL": 90, "E4M3": 89}
@@ -59,6 +61,14 @@ def _fitting(specialisation: Specialisation, architecture: str) -> tuple[triton.
     while compiled.metadata.shared > most and stages > 1:
         stages -= 1
         compiled = _compile(replace(specialisation, stages=stages), architecture)
+    if (getattr(compiled.metadata, "tmem_size", None) or 0) > TENSOR_COLUMNS:
+        # triton's own launcher refuses such code, which does nothing but trap.
+        raise InternalError(
+            "cuda.tensor_memory",
+            f"Kernel {specialisation.kernel!r} does not fit into the tensor memory of {architecture}.",
+            f"It takes {compiled.metadata.tmem_size} columns of {TENSOR_COLUMNS}.",
+            "Report this with the model.",
+        )
     if compiled.metadata.shared > most:
         raise InternalError(
             "cuda.shared_memory",

@@ -7,12 +7,15 @@ For tests and traces: `TRITON_INTERPRET=1` must be set before triton is imported
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter as _interpreter
+
+from .words import LESS_HIGH, LESS_LOW
 
 interpreter: Any = _interpreter
 
@@ -32,8 +35,8 @@ _LIMITS = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}
 
 def correct_interpreter() -> None:
     """Replace what triton 3.6 gets wrong: small floats are computed as their bit patterns, casts truncate,
-    `dot` of bfloat16 multiplies bits, `fma` rounds twice, and a loop bound is not taken as an index by numpy
-    2.4. Idempotent."""
+    `dot` of bfloat16 multiplies bits, `fma` rounds twice, a loop bound is not taken as an index by numpy 2.4,
+    and there is no assembly (of which kernels have `words.pairs_less` alone). Idempotent."""
     builder: Any = interpreter.InterpreterBuilder
     if builder.create_dot is _dot:
         return
@@ -48,6 +51,7 @@ def correct_interpreter() -> None:
     interpreter._convert_float = plain.convert
     builder.create_dot = _dot
     builder.create_fma = _fma
+    builder.create_inline_asm = _pairs_less
     builder.cast_impl = lambda self, value, kind: plain.cast(self, value, kind)
     builder.binary_op = lambda self, a, b, operation: plain.binary(self, a, b, operation)
     builder.unary_op = lambda self, a, operation: plain.unary(self, a, operation)
@@ -89,6 +93,18 @@ def _fma(self: Any, a: Any, b: Any, c: Any) -> Any:
     """Of float32: the product is exact in float64, in which the sum is rounded before it is to float32."""
     wide = a.data.astype(np.float64) * b.data + c.data
     return interpreter.TensorHandle(wide.astype(np.float32), tl.float32)
+
+
+def _pairs_less(self: Any, text: str, constraints: str, values: Any, *_: Any) -> Any:
+    """What the texts `words.LESS_LOW` and `words.LESS_HIGH` say, of bfloat16 in the halves of int32."""
+    half = {LESS_LOW.value: 0, LESS_HIGH.value: 16}[text]
+    pairs, lifts = (value.data.astype(np.uint32) for value in values)
+    lift = ((lifts >> half) << 16).view(np.float32)
+    found = []
+    for bits in (pairs << 16, pairs & 0xFFFF0000):
+        found.append(_convert(bits.view(np.float32) - lift, tl.float32, tl.bfloat16).astype(np.uint32))
+    both = interpreter.TensorHandle((found[0] | found[1] << 16).view(np.int32), tl.int32)
+    return SimpleNamespace(get_result=lambda index: both)
 
 
 class _Plain:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .overlap import NOT_EARLY, follow
 from .tiles import load_rows, load_tile, rows_of_tile, scales_of_rows, store_rows, sum_parts, weight_rows
-from .words import exponents, lifted, word_digits
+from .words import exponents, lifted, scale_of_digits, word_digits
 
 
 @triton.jit
@@ -110,19 +110,15 @@ def linear(
 
 
 @triton.jit
-def scale_of_digits(quad, DIGIT: tl.constexpr, DIGITS: tl.constexpr, TYPE: tl.constexpr):
-    """The scale of digits from `DIGIT` on, of 16 bits, from those of a block one behind the other."""
-    return (quad >> (16 * DIGIT // DIGITS)).to(tl.uint16).to(TYPE, bitcast=True)
-
-
-@triton.jit
 def word_part(
     x_ptr, norm_ptr, words_ptr, scales_ptr, zeros_ptr, row, at, held, start, stop, M, offset, K: tl.constexpr,
     BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DIGITS: tl.constexpr, ZERO: tl.constexpr,
     SYMMETRIC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """The sum over blocks `start` … `stop` of 128 codes: of each group `scale * sum((code - zero) * x)`, both
-    terms of the difference exact in bfloat16, fused with the addition to the groups before."""
+    terms of the difference exact in bfloat16, fused with the addition to the groups before. `EVEN` says that
+    they are turns of `UNROLL`; otherwise the last turn's blocks beyond the end add zeros."""
     word = tl.arange(0, 16)
     sums = tl.zeros([BN, BM], tl.float32)
     ones = exponents(M)
@@ -131,6 +127,8 @@ def word_part(
     beside: tl.constexpr = (
         DIGITS < 4 and GROUPS * DIGITS == 4 * BLOCKS and scale_type.primitive_bitwidth == 16
     )
+    # Of four zeros, two and two are numbers in the halves of one register.
+    fours: tl.constexpr = beside and DIGITS == 1 and not SYMMETRIC
     several: tl.constexpr = tl.int64 if DIGITS == 1 else tl.int32
     fewer: tl.constexpr = tl.int32 if DIGITS == 1 else tl.int16
     # Places of a block's digits are constants from one register on.
@@ -144,34 +142,40 @@ def word_part(
             norm_ptr = norm_ptr[:, None] + tl.zeros([1, BM], tl.int32)
     words_ptr += held[:, None] * (BLOCKS * 16) + (start * 16 + word)[None, :]
     # Half of a turn is not for its weights: blocks share it, where registers allow.
-    for turn in tl.range(0, stop - start, loop_unroll_factor=UNROLL):
-        block = start + turn
-        words = tl.load(words_ptr + turn * 16)
-        if beside:
-            scales = tl.load(scales_ptr.to(tl.pointer_type(several)) + held * BLOCKS + block)
-            if not SYMMETRIC:
-                zeros = tl.load(zeros_ptr.to(tl.pointer_type(fewer)) + held * BLOCKS + block)
-        block_x = x_ptr + turn * 128
-        block_norm = norm_ptr + turn * 128 if weighs else norm_ptr
-        for first in tl.static_range(0, 4, DIGITS):  # pyright: ignore[reportGeneralTypeIssues]
-            # The groups of what fills the last block do not exist, and x is 0 there.
-            group = tl.minimum((block * 128 + 32 * first) // GROUP, GROUPS - 1)
+    for turn in tl.range(0, stop - start, UNROLL):
+        for within in tl.static_range(UNROLL):  # pyright: ignore[reportGeneralTypeIssues]
+            ahead = turn + within
+            rows = M
+            if not EVEN:
+                rows = tl.where(ahead < stop - start, M, 0)
+                ahead = tl.minimum(ahead, stop - start - 1)
+            block = start + ahead
+            words = tl.load(words_ptr + ahead * 16)
             if beside:
-                scale = scale_of_digits(scales, first, DIGITS, scale_type)
-            else:
-                scale = tl.load(scales_ptr + held * GROUPS + group)
-            if SYMMETRIC:
-                lift = tl.full([1, 1], 128 + ZERO, tl.bfloat16)
-            elif beside:
-                lift = lifted((zeros >> (8 * first // DIGITS)) & 0xFF)[:, None]
-            else:
-                lift = lifted(tl.load(zeros_ptr + held * GROUPS + group))[:, None]
-            k = block * 128 + 32 * first + digits
-            norm = block_norm + 32 * first if weighs else block_norm
-            x = load_tile(block_x + 32 * first, norm, row, k, M, offset, K, K % 128 == 0, NORM)
-            codes = (word_digits(words, ones, first, DIGITS, BN) - lift).to(tl.bfloat16)
-            part = tl.dot(codes.to(x.dtype), x, input_precision="ieee")
-            sums = tl.fma(part, scale.to(tl.float32)[:, None], sums)
+                scales = tl.load(scales_ptr.to(tl.pointer_type(several)) + held * BLOCKS + block)
+                if not SYMMETRIC:
+                    zeros = tl.load(zeros_ptr.to(tl.pointer_type(fewer)) + held * BLOCKS + block)
+            block_x = x_ptr + ahead * 128
+            block_norm = norm_ptr + ahead * 128 if weighs else norm_ptr
+            for first in tl.static_range(0, 4, DIGITS):  # pyright: ignore[reportGeneralTypeIssues]
+                # The groups of what fills the last block do not exist, and x is 0 there.
+                group = tl.minimum((block * 128 + 32 * first) // GROUP, GROUPS - 1)
+                if beside:
+                    scale = scale_of_digits(scales, first, DIGITS, scale_type)
+                else:
+                    scale = tl.load(scales_ptr + held * GROUPS + group)
+                if SYMMETRIC:
+                    lifts = lifted(tl.full([1, 1], ZERO, tl.int32), ones)
+                elif beside:
+                    lifts = lifted((zeros >> (8 * (first // DIGITS % 2))).to(tl.int32), ones)[:, None]
+                else:
+                    lifts = lifted(tl.load(zeros_ptr + held * GROUPS + group).to(tl.int32), ones)[:, None]
+                k = block * 128 + 32 * first + digits
+                norm = block_norm + 32 * first if weighs else block_norm
+                x = load_tile(block_x + 32 * first, norm, row, k, rows, offset, K, K % 128 == 0, NORM)
+                codes = word_digits(words, ones, lifts, first, DIGITS, first // 2 if fours else 0, BN)
+                part = tl.dot(codes.to(x.dtype), x, input_precision="ieee")
+                sums = tl.fma(part, scale.to(tl.float32)[:, None], sums)
     return sums
 
 
@@ -182,7 +186,7 @@ def linear_words(
     K: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DIGITS: tl.constexpr,
     ZERO: tl.constexpr, SYMMETRIC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
     SHARED: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADDS: tl.constexpr, SPLITS: tl.constexpr,
-    APART: tl.constexpr, PDL: tl.constexpr = NOT_EARLY,
+    APART: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr = NOT_EARLY,
 ):  # fmt: skip
     """`llmc.quantized_linear` over codes of at most 4 bits in words `[N, 16 * BLOCKS]`.
 
@@ -206,7 +210,7 @@ def linear_words(
             bias_ptr += first_row
     scale = scales_of_rows(x_ptr, row_scales_ptr, row, M, eps, x_stride, K, BM, NORM)
     each: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
-    unroll: tl.constexpr = 4 if BM <= 32 else 1  # pyright: ignore[reportAssignmentType]
+    even: tl.constexpr = UNROLL == 1 or (each * SPLITS == BLOCKS and each % UNROLL == 0)
     given = (x_ptr, norm_ptr, words_ptr, scales_ptr, zeros_ptr, row, at, held)
     sums = tl.zeros([BN, BM], tl.float32)
     own = tl.program_id(2) * each
@@ -214,7 +218,7 @@ def linear_words(
         start = own + part * each
         place = (start, tl.minimum(start + each, stop), M, offset)
         sums += word_part(
-            *given, *place, K, BLOCKS, GROUPS, GROUP, DIGITS, ZERO, SYMMETRIC, BM, BN, NORM, unroll
+            *given, *place, K, BLOCKS, GROUPS, GROUP, DIGITS, ZERO, SYMMETRIC, BM, BN, NORM, UNROLL, even
         )
     if APART:
         sums, M = sum_parts(partial_ptr, arrived_ptr, sums, row, M, SPLITS, BN, BM)

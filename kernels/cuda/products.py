@@ -132,7 +132,7 @@ class CudaProducts:
 
     def _tile(self, kernel: str, scheme: str, m: int, n: int, k: int) -> Tile:
         """Blocks of a product of m rows."""
-        rows = rows_of_program(m)
+        rows = rows_of_program(m, scheme)
         variant = self.choose(ProductClass(kernel=kernel, scheme=scheme, n=n, k=k, rows=rows))
         grid = (blocks(n, variant.columns), blocks(m, rows), 1)
         return Tile(grid, {"BM": rows, "BN": variant.columns}, variant.warps, variant.stages)
@@ -204,9 +204,13 @@ class CudaProducts:
             self._matrix(BYTES, tile, values, shape | stored)
             return
         values = {"x_ptr": rows, "words_ptr": codes, "scales_ptr": scales, "zeros_ptr": zeros} | last
-        kind = {"BLOCKS": codes.shape[-1] // 16, "DIGITS": min(4, group // 32)}
+        num_blocks = codes.shape[-1] // 16
+        unroll, turns = turns_of_part(blocks(num_blocks, parts), tile.constants["BM"])
+        kind = {"BLOCKS": num_blocks, "DIGITS": min(4, group // 32), "UNROLL": unroll}
         kind |= {"ZERO": 1 << (parsed.bits - 1), "SYMMETRIC": parsed.symmetric}
-        self._matrix(WORDS, tile, values, shape | kind)
+        # Loads of turns that there are not would take shared memory from other programs.
+        ahead = replace(tile, stages=min(tile.stages, turns + 1))
+        self._matrix(WORDS, ahead, values, shape | kind)
 
     def _around(
         self,
@@ -297,13 +301,26 @@ class Tile:
 
     def split(self, parts: int) -> Tile:
         """With programs of their own for parts of K, where rows are few."""
-        apart = parts if self.constants["BM"] <= _APART_ROWS else 1
+        apart = parts if self.grid[1] == 1 and self.constants["BM"] <= _APART_ROWS else 1
         return replace(self, grid=(self.grid[0], self.grid[1], apart))
 
 
-def rows_of_program(m: int) -> int:
-    """Rows of x that a program of a product of m takes."""
-    return min(128, max(16, power_of_two(m)))
+def turns_of_part(num_blocks: int, rows: int) -> tuple[int, int]:
+    """Of a part of K in words: the blocks of a turn of the loop, which share half of what a turn takes where
+    registers allow, and the turns. A short part is one turn, whose loads are all ahead; of a long one few
+    blocks of the last turn are beyond the end."""
+    unroll = 1 if rows > 32 else num_blocks
+    if unroll >= 8:
+        unroll = min((4, 7, 6, 5), key=lambda each: blocks(num_blocks, each) * each)
+    return unroll, blocks(num_blocks, unroll)
+
+
+def rows_of_program(m: int, scheme: str = NO_SCHEME) -> int:
+    """Rows of x that a program of a product of m takes. Sums of four groups of 32 codes of words are made at
+    once, which for 128 rows are more than registers of sm_90 and tensor memory of sm_100 hold."""
+    parsed = None if scheme == NO_SCHEME else parse_scheme(scheme)
+    most = 64 if parsed is not None and parsed.bits < 8 and parsed.group_size == 32 else 128
+    return min(most, max(16, power_of_two(m)))
 
 
 def coded_kernel(scheme: str) -> str:

@@ -96,9 +96,8 @@ def inverse_rms(x_ptr, eps, K: tl.constexpr):
     halves = squares
     for level in tl.static_range(10):  # pyright: ignore[reportGeneralTypeIssues]
         if lanes >> level > 1:
-            pairs = tl.reshape(halves, [lanes >> (level + 1), 2])
-            even, odd = tl.split(pairs)
-            halves = even + odd
+            # A sum of two is the same in either order; as two tensors, each thread would make all of them.
+            halves = tl.sum(tl.reshape(halves, [lanes >> (level + 1), 2]), 1)
     mean = tl.sum(halves, 0) / K  # of one element
     return 1.0 / tl.sqrt_rn(mean + eps)
 

@@ -14,8 +14,9 @@ _PROGRAMS, _PART, _MOST_PARTS = 200, 1024, 8
 NO_SCHEME = "dense"
 # Codes of a row that are few.
 _SHORT = 512
-# Programs that still do where each has twice the columns.
-_WIDE_PROGRAMS = 128
+# Programs that still do where each has twice the columns, and those that run at once, one on each
+# multiprocessor of an H200.
+_WIDE_PROGRAMS, _MULTIPROCESSORS = 128, 132
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +102,13 @@ def _most_columns(product: ProductClass) -> int:
 
 
 def _is_wide(n: int, k: int) -> bool:
-    """Whether programs of 128 columns are enough, or as many as those of 64 would be."""
+    """Whether programs of 128 columns are enough, or as many as those of 64 would be; or whether K has no
+    parts and some multiprocessor would have two of 64, which are more instructions than one of 128."""
     programs, few = blocks(n, 128) * _wide_parts(n, k), blocks(n, 64)
-    return programs >= _WIDE_PROGRAMS or (few % 2 == 0 and programs >= few * _parts(k, few))
+    parts = _parts(k, few)
+    if programs >= _WIDE_PROGRAMS or (few % 2 == 0 and programs >= few * parts):
+        return True
+    return parts == 1 and few > _MULTIPROCESSORS
 
 
 def _wide_parts(n: int, k: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from llmc.ir import ops
 from llmc.ir.quantized import dequantize_rows, quantize_rtn
 from llmc.kernels.cuda.packing import pack_words
-from llmc.kernels.cuda.products import BYTES, DENSE, WORDS
+from llmc.kernels.cuda.products import BYTES, DENSE, WORDS, turns_of_part
 from llmc.kernels.cuda.variants import layer_columns, num_parts
 from llmc.spec.quant import parse_scheme
 
@@ -82,7 +82,9 @@ def test_what_is_around_a_product(operators, scheme, form):
         assert torch.equal(part, whole[first:last])
 
 
-@pytest.mark.parametrize("scheme", ["", "int4_g128", "int8_g128", "fp8_channel", "int8_channel+int8_token"])
+@pytest.mark.parametrize(
+    "scheme", ["", "int4_g32_asym", "int8_g32", "fp8_channel", "int8_channel+int8_token"]
+)
 def test_parts_of_k_are_summed_in_one_order(operators, scheme):
     k, n = 2304, 20
     assert num_parts(DENSE, n, k) == num_parts(WORDS, n, k) == 2
@@ -114,6 +116,19 @@ def test_parts_do_not_depend_on_rows_and_keep_a_gpu_busy():
     assert {layer_columns(WORDS, n, k) for n, k in shapes} == {128}
     assert num_parts(WORDS, 2048, 2048) == 2 * num_parts(DENSE, 2048, 2048) == 4
     assert {layer_columns(WORDS, n, k) for n, k in ((1152, 896), (64, 4096), (192, 4096))} == {64}
+    # Where K has no parts, one program of 128 columns takes fewer instructions than two of 64 after another.
+    assert (num_parts(WORDS, 9728, 896), layer_columns(WORDS, 9728, 896)) == (1, 128)
+
+
+@pytest.mark.parametrize("num_blocks", range(1, 40))
+def test_turns_of_a_part_leave_little_over(num_blocks):
+    """All of a short part is one turn; of a long one less than an eighth is beyond the end."""
+    unroll, turns = turns_of_part(num_blocks, 16)
+    beyond = unroll * turns - num_blocks
+    assert 0 <= beyond <= num_blocks / 8
+    assert unroll < 8
+    assert (turns == 1) == (num_blocks < 8)
+    assert turns_of_part(num_blocks, 64) == (1, num_blocks)
 
 
 def test_arrivals_are_left_as_they_were_found(launch):

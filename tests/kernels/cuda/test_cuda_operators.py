@@ -42,7 +42,16 @@ def test_linear(operators, m, n, k, dtype):
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize(
     "scheme",
-    ["int4_g32", "int4_g64_asym", "int4_g128", "int3_g32", "int4_channel", "int8_g32", "fp8_channel"],
+    [
+        "int4_g32",
+        "int4_g32_asym",
+        "int4_g64_asym",
+        "int4_g128_asym",
+        "int3_g32",
+        "int4_channel",
+        "int8_g32",
+        "fp8_channel",
+    ],
 )
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 70, 256), (20, 33, 160)])
 def test_quantized_linear_and_embedding(operators, scheme, m, n, k, dtype):
