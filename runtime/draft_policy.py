@@ -21,6 +21,8 @@ PROBE_STEPS, MOST_PROBE_STEPS, LASTING = 100, 1600, 16
 # Steps of one trial. In the first ones a draft model catches up, and caches hold little of it: they say
 # nothing of what drafting costs.
 PROBE_RUN, UNTYPICAL = 4, 2
+# Drafts are judged by no fewer steps, since a draft model that was not called may be slow for the first few.
+FEWEST_DRAFTED = 5
 # What each other step of a trial counts for, since there are few: those before it may be long ago.
 PROBE_SHARE = 0.25
 # A draft model reads all of a request before its first draft: a trial waits for one of at most so many
@@ -29,6 +31,9 @@ PROBE_TOKENS, PROBE_PATIENCE = 64, 4
 # Of so many steps the last few go without drafts while they pay, to see what plain steps take by now. The
 # first of them does not count: on a processor whose caches hold what drafting left it takes a fifth longer.
 PLAIN_EVERY, PLAIN_RUN = 128, 4
+# The first of them come after so many drafted ones of about as many requests: until then what slows down both
+# is not known, and drafts are not judged.
+PLAIN_FIRST = 8
 # Decisions change when what drafted steps take does by more than this.
 _NOTABLE = 0.02
 # What is best for a draft model is asked again when so many more drafts were told of, for each request:
@@ -204,6 +209,9 @@ class DraftPolicy:
             self._steps_without, self._probe_left = 0, 0
             if self._num_in_run >= LASTING:
                 self._probe_steps = PROBE_STEPS
+            if num_requests.bit_length() not in self._plain:
+                self._plain[num_requests.bit_length()] = Pace()
+                self._steps_with = max(self._steps_with, PLAIN_EVERY - PLAIN_RUN - PLAIN_FIRST)
             place, self._steps_with = self._steps_with, (self._steps_with + 1) % PLAIN_EVERY
             return best if place < PLAIN_EVERY - PLAIN_RUN else 0
         self.skip()
@@ -233,12 +241,18 @@ class DraftPolicy:
             return
         expected_s = self._step_s(num_requests, num_tokens, num_asked, num_drawn)
         size = num_requests.bit_length()
-        plain = _pace_of(self._plain, size)
+        plain = self._plain.get(size)
+        if plain is None:
+            plain = self._plain[size] = Pace()
         if not is_drafted:
             if expected_s > 0 and not num_drawn:
                 plain.observe(seconds / expected_s)
             return
-        drafted = _pace_of(self._drafted, size)
+        if not plain.is_known:
+            return
+        drafted = self._drafted.get(size)
+        if drafted is None:
+            drafted = self._drafted[size] = Pace(FEWEST_DRAFTED)
         if expected_s > 0:
             ratio = seconds / (expected_s * plain.factor)
             if not self.is_off:
@@ -316,11 +330,3 @@ class DraftPolicy:
             if len(self._seconds) < _MOST_KEPT:
                 self._seconds[key] = seconds
         return seconds
-
-
-def _pace_of(paces: dict[int, Pace], size: int) -> Pace:
-    """That of the requests of one size."""
-    found = paces.get(size)
-    if found is None:
-        found = paces[size] = Pace()
-    return found

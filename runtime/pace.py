@@ -15,18 +15,24 @@ FEWEST, FIRST = 3, 7
 
 
 class Pace:
-    """A running mean of ratios, measured seconds over expected ones. 1 until a few were observed."""
+    """A running mean of ratios, measured seconds over expected ones. 1 until `fewest` were observed."""
 
-    def __init__(self) -> None:
+    def __init__(self, fewest: int = FEWEST) -> None:
+        self._fewest = fewest
         self._first: list[float] = []
         self._log = 0.0
         self.factor = 1.0  # what to multiply expected seconds with
+
+    @property
+    def is_known(self) -> bool:
+        """Whether enough was observed to say anything."""
+        return len(self._first) >= self._fewest
 
     def observe(self, ratio: float, share: float = LEAST_SHARE) -> None:
         """One more step, and what it counts for; `ratio` is positive."""
         if len(self._first) < FIRST:
             self._first.append(math.log(ratio))
-            if len(self._first) >= FEWEST:
+            if self.is_known:
                 self._believe(statistics.median(self._first))
             return
         pull = math.log(ratio) - self._log

@@ -14,6 +14,7 @@ from llmc.runtime.config import RuntimeConfig
 from llmc.runtime.draft_policy import (
     MARGIN,
     PLAIN_EVERY,
+    PLAIN_FIRST,
     PLAIN_RUN,
     PROBE_PATIENCE,
     PROBE_RUN,
@@ -231,7 +232,7 @@ def test_a_draft_model_that_does_not_pay_is_seldom_asked_about():
     policy = DraftPolicy(4, BOUND)
     speculator = Speculator(Copies(is_free=False), policy)
     requests, rested = [running(0)], 0
-    for _ in range(PLAIN_EVERY - PLAIN_RUN):
+    for _ in range(PLAIN_FIRST):
         assert speculator.propose(requests)
     for _ in range(PLAIN_RUN):
         assert not speculator.propose(requests)  # plain steps now and then, and no rest behind them
@@ -360,6 +361,8 @@ def test_a_draft_model_that_is_slow_when_it_is_seldom_called_is_judged_by_what_i
 
 def test_plain_steps_are_taken_now_and_then_while_drafts_pay():
     policy = DraftPolicy(2, BOUND)
+    first = [policy.choose(1) > 0 for _ in range(PLAIN_FIRST + PLAIN_RUN)]
+    assert first == [True] * PLAIN_FIRST + [False] * PLAIN_RUN
     chosen = [policy.choose(1) > 0 for _ in range(3 * PLAIN_EVERY)]
     assert chosen == 3 * ([True] * (PLAIN_EVERY - PLAIN_RUN) + [False] * PLAIN_RUN)
 
