@@ -130,7 +130,7 @@ LLMC_KERNEL void weigh_whole(const AttentionShape& a, float* m, float (*l)[16], 
 #pragma GCC unroll 4
     for (int c = 0; c < kBlockChunks; ++c) {
       float* at = scores + r * kKeyBlock + c * kChunk;
-      weight[c] = exp2(load(at) - reference);
+      weight[c] = exp2_small(load(at) - reference);
       store(at, weight[c]);
     }
     store(l[r], load(l[r]) + ((weight[0] + weight[1]) + (weight[2] + weight[3])));
@@ -153,7 +153,7 @@ LLMC_KERNEL inline void weigh_masked(const AttentionShape& a, const KeyBlock& bl
   F16 weight[kBlockChunks];
   for (int c = 0; c < kBlockChunks; ++c) {
     // A hidden key weighs nothing even where the reference is -inf or NaN.
-    weight[c] = hide(exp2(score[c] - reference), c, seen, zero());
+    weight[c] = hide(exp2_small(score[c] - reference), c, seen, zero());
     store(scores + c * kChunk, weight[c]);
   }
   store(l, load(l) + ((weight[0] + weight[1]) + (weight[2] + weight[3])));
@@ -222,12 +222,12 @@ LLMC_INLINE void block_values(const TileScratch& s, int rows, int64_t width, int
   });
 }
 
-// Pointers to the chunks of the block at `base` that keys oldest ... newest touch.
+// Pointers to the chunks of the block at `base` that keys oldest ... newest touch, into `block`: to clear one, or to
+// copy it as a value, takes as long as a row's scores.
 template <class T>
-LLMC_INLINE KeyBlock key_block(const AttentionShape& a, const AttentionBatch& b, const int64_t* pages, int64_t group,
-                               int64_t base, int64_t oldest, int64_t newest) {
+LLMC_INLINE void key_block(const AttentionShape& a, const AttentionBatch& b, const int64_t* pages, int64_t group,
+                           int64_t base, int64_t oldest, int64_t newest, KeyBlock& block) {
   const CacheShape<T> shape{a.kv_heads, a.page_tokens, a.k_width, a.v_width};
-  KeyBlock block{};
   block.key_begin = static_cast<int>(oldest > base ? oldest - base : 0);
   block.key_end = static_cast<int>(newest - base < kKeyBlock ? newest - base + 1 : kKeyBlock);
   block.first = block.key_begin / kChunk;
@@ -245,7 +245,6 @@ LLMC_INLINE KeyBlock key_block(const AttentionShape& a, const AttentionBatch& b,
       block.v_scales[c] = reinterpret_cast<const float*>(v + shape.v_scales()) + offset;
     }
   }
-  return block;
 }
 
 // A tile: tokens first_row ... of one sequence, some heads of one group.
@@ -270,15 +269,17 @@ LLMC_KERNEL void attend_part(const AttentionShape& a, const AttentionBatch& b, c
   const int64_t oldest = oldest_visible(a, b.positions[tile.first_row]);
   const int64_t first = oldest > begin ? oldest / kKeyBlock * kKeyBlock : begin;
   if (first >= end || first > newest) return;
-  KeyBlock next = key_block<T>(a, b, pages, tile.group, first, oldest, newest);
+  KeyBlock blocks[2];
+  int which = 0;
+  key_block<T>(a, b, pages, tile.group, first, oldest, newest, blocks[0]);
   for (int64_t base = first; base < end && base <= newest; base += kKeyBlock) {
-    KeyBlock block = next;
+    KeyBlock &block = blocks[which], &next = blocks[which ^= 1];
     const int64_t after = base + kKeyBlock <= newest ? base + kKeyBlock : base;
-    next = key_block<T>(a, b, pages, tile.group, after, oldest, newest);
+    key_block<T>(a, b, pages, tile.group, after, oldest, newest, next);
     for (int c = block.first; c < block.last; ++c) {
       block.next_k[c] = c < next.last && c >= next.first ? next.k[c] : block.k[c];
       block.next_v[c] = c < next.last && c >= next.first ? next.v[c] : block.v[c];
-      if (sizeof(T) == 1 && next.k_scales[c]) {
+      if (sizeof(T) == 1 && c < next.last && c >= next.first) {
         prefetch_l2(next.k_scales[c]);
         prefetch_l2(next.v_scales[c]);
       }

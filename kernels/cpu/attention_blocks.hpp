@@ -100,9 +100,8 @@ LLMC_INLINE void add_columns(const float* weights, const KeyBlock& block, int64_
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) sum[r][b] = load(out + r * ld_out + i + b * 16);
-  for (int key = block.key_begin & ~1; key < block.key_end; key += 2) {
+  const auto add_pair = [&](int key, auto both) {
     const T* chunk = reinterpret_cast<const T*>(block.v[key / kChunk]);
-    const bool both = key + 1 < block.key_end;  // the last key may have nothing beside it
     const char* next = block.next_v[key / kChunk] + (key % kChunk * width + i * 2) * static_cast<int64_t>(sizeof(T));
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
@@ -115,7 +114,10 @@ LLMC_INLINE void add_columns(const float* weights, const KeyBlock& block, int64_
         if (both) sum[r][b] = fma(odd, set1(weights[r * kKeyBlock + key + 1]), sum[r][b]);
       }
     }
-  }
+  };
+  int key = block.key_begin & ~1;
+  for (; key + 1 < block.key_end; key += 2) add_pair(key, std::true_type{});
+  if (key < block.key_end) add_pair(key, std::false_type{});  // nothing lies beside the last key
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -208,7 +210,8 @@ LLMC_KERNEL void score_rows_int8(const QueryLimbs* q, int64_t width, const KeyBl
   for (; chunk < block.last; ++chunk) score_chunks_int8<R, 1>(q, width, block, chunk, scores);
 }
 
-// Weights times value scales as 16-bit integers of two unsigned limbs, per row and block.
+// Weights times value scales as 16-bit integers of two unsigned limbs, per row and block. Dword 4 q + c is the keys
+// 4 q ... 4 q + 3 of chunk c.
 struct WeightLimbs {
   alignas(64) uint8_t high[kKeyBlock], low[kKeyBlock];
   float scale;
@@ -228,8 +231,7 @@ LLMC_KERNEL void weight_limbs(const float* weights, const KeyBlock& block, Weigh
       scaled[r][c] = zero();
       if (c < block.first || c >= block.last) continue;
       const F16 weight = load(weights + r * kKeyBlock + c * kChunk);
-      scaled[r][c] = select(less(zero(), weight), weight * load(block.v_scales[c]), zero());
-      scaled[r][c] = select(is_nan(weight), weight, scaled[r][c]);
+      scaled[r][c] = select(less(zero(), weight), weight * load(block.v_scales[c]), weight);  // 0 or NaN as it is
       top[r] = max(top[r], as_int(scaled[r][c]));
     }
   }
@@ -243,14 +245,13 @@ LLMC_KERNEL void weight_limbs(const float* weights, const KeyBlock& block, Weigh
     out[r].scale = finite ? (tiny ? 0.0f : peak / 65280.0f) : float_of(0x7fc00000u);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    I16 code[kBlockChunks];
 #pragma GCC unroll 4
-    for (int c = 0; c < kBlockChunks; ++c) {
-      // A factor of 0 means no codes, infinite weights included.
-      const I16 code = factor[r] == 0.0f ? set1(int32_t{0}) : round_int(scaled[r][c] * set1(factor[r]));
-      store_low8(out[r].high + c * kChunk, shift_right<8>(code));
-      store_low8(out[r].low + c * kChunk, code);
-    }
+    for (int c = 0; c < kBlockChunks; ++c)  // a factor of 0 means no codes, infinite weights included
+      code[c] = factor[r] == 0.0f ? set1(int32_t{0}) : round_int(scaled[r][c] * set1(factor[r]));
+    store_two_bytes(out[r].high, out[r].low, code[0], code[1], code[2], code[3]);
+  }
 }
 
 LLMC_INLINE I16 load_quad(const char* p, int count) {
@@ -269,24 +270,26 @@ LLMC_INLINE void add_columns_int8(const WeightLimbs* weights, const KeyBlock& bl
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int b = 0; b < B; ++b) high[r][b] = low[r][b] = set1(int32_t{0});
-  for (int quad = block.first * 4; quad < block.last * 4; ++quad) {
-    const int64_t offset = (quad % 4 * width + i) * 4;
-    I16 codes[B];
-#pragma GCC unroll 2
-    for (int b = 0; b < B; ++b) {
-      codes[b] = load_quad(block.v[quad / 4] + offset + b * 64, B > 1 ? 16 : count);
-      prefetch_l2(block.next_v[quad / 4] + offset + b * 64);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const I16 top = repeat_dword(weights[r].high + quad * 4), rest = repeat_dword(weights[r].low + quad * 4);
+  for (int chunk = block.first; chunk < block.last; ++chunk)
+    for (int quad = 0; quad < 4; ++quad) {
+      const int64_t offset = (quad * width + i) * 4;
+      I16 codes[B];
 #pragma GCC unroll 2
       for (int b = 0; b < B; ++b) {
-        high[r][b] = dot_bytes(high[r][b], top, codes[b]);
-        low[r][b] = dot_bytes(low[r][b], rest, codes[b]);
+        codes[b] = load_quad(block.v[chunk] + offset + b * 64, B > 1 ? 16 : count);
+        prefetch_l2(block.next_v[chunk] + offset + b * 64);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const int at = quad * 16 + chunk * 4;
+        const I16 top = repeat_dword(weights[r].high + at), rest = repeat_dword(weights[r].low + at);
+#pragma GCC unroll 2
+        for (int b = 0; b < B; ++b) {
+          high[r][b] = dot_bytes(high[r][b], top, codes[b]);
+          low[r][b] = dot_bytes(low[r][b], rest, codes[b]);
+        }
       }
     }
-  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2

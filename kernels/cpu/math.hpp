@@ -22,12 +22,18 @@ LLMC_INLINE F16 power_of_two(F16 n, F16 f) {
   return mantissa * as_float(shift_left<23>(as_int(n + set1(kRoundMagic + 127.0f))));  // NaN stays NaN
 }
 
-// 2^x: 0 below -125, 2^127 above 127, NaN for NaN.
-LLMC_INLINE F16 exp2(F16 x) {
-  const F16 inside = max(set1(-125.0f), min(set1(127.0f), x));
-  const F16 n = round_even(inside);
-  return select(less(x, set1(-125.0f)), zero(), power_of_two(n, inside - n));
+// 2^x for x <= 127: 0 below -125, NaN for NaN. As `power_of_two`, with fewer operations around it: half of 2^n is made
+// of the sum that rounds x, and doubled in the series, which is exact.
+LLMC_INLINE F16 exp2_small(F16 x) {
+  constexpr float kSeries[] = {2 * 1.535336196e-04f, 2 * 1.339887385e-03f, 2 * 9.618436918e-03f,
+                               2 * 5.550332367e-02f, 2 * 2.402264774e-01f, 2 * 6.931471825e-01f};
+  const F16 rounded = x + set1(kRoundMagic + 126.0f), f = x - (rounded - set1(kRoundMagic + 126.0f));
+  const F16 mantissa = fma(horner(kSeries, f), f, set1(2.0f));
+  const F16 power = mantissa * as_float(shift_left<23>(as_int(rounded)));  // of no meaning where it is not taken
+  return select(less(x, set1(-125.0f)), zero(), power);
 }
+// 2^x: 0 below -125, 2^127 above 127, NaN for NaN.
+LLMC_INLINE F16 exp2(F16 x) { return exp2_small(min(set1(127.0f), x)); }
 
 // e^x: 0 below -86, e^88 above 88, NaN for NaN; relative error below 3e-7.
 LLMC_INLINE F16 exp(F16 x) {

@@ -73,6 +73,19 @@ LLMC_INLINE void store_low8(void* p, I16 x) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi16(low, high));
 }
 
+LLMC_INLINE void store_two_bytes_of_half(char* high, char* low, __m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i x = _mm256_packus_epi32(a, b), y = _mm256_packus_epi32(c, d), byte = _mm256_set1_epi16(255);
+  const __m256i upper = _mm256_packus_epi16(_mm256_srli_epi16(x, 8), _mm256_srli_epi16(y, 8));
+  const __m256i lower = _mm256_packus_epi16(_mm256_and_si256(x, byte), _mm256_and_si256(y, byte));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), upper);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), lower);
+}
+LLMC_INLINE void store_two_bytes(void* high, void* low, I16 a, I16 b, I16 c, I16 d) {
+  char *upper = static_cast<char*>(high), *lower = static_cast<char*>(low);
+  store_two_bytes_of_half(upper, lower, a.a, b.a, c.a, d.a);
+  store_two_bytes_of_half(upper + 32, lower + 32, a.b, b.b, c.b, d.b);
+}
+
 #define LLMC_PAIR(x, y, op) {op((x).a, (y).a), op((x).b, (y).b)}
 LLMC_INLINE F16 operator+(F16 x, F16 y) { return LLMC_PAIR(x, y, _mm256_add_ps); }
 LLMC_INLINE F16 operator-(F16 x, F16 y) { return LLMC_PAIR(x, y, _mm256_sub_ps); }

@@ -44,6 +44,14 @@ LLMC_INLINE void store_first(float* p, F16 a, int count) {
 LLMC_INLINE void store_low8(void* p, I16 a) { _mm512_mask_cvtepi32_storeu_epi8(p, 0xffff, a.v); }
 LLMC_INLINE void store_low16(void* p, I16 a) { _mm512_mask_cvtepi32_storeu_epi16(p, 0xffff, a.v); }
 
+// The two low bytes of each lane of four vectors, the rest of which is 0: dword 4 l + v has those of lanes 4 l ... 4 l + 3
+// of vector v.
+LLMC_INLINE void store_two_bytes(void* high, void* low, I16 a, I16 b, I16 c, I16 d) {
+  const __m512i x = _mm512_packus_epi32(a.v, b.v), y = _mm512_packus_epi32(c.v, d.v), byte = _mm512_set1_epi16(255);
+  _mm512_storeu_si512(high, _mm512_packus_epi16(_mm512_srli_epi16(x, 8), _mm512_srli_epi16(y, 8)));
+  _mm512_storeu_si512(low, _mm512_packus_epi16(_mm512_and_si512(x, byte), _mm512_and_si512(y, byte)));
+}
+
 LLMC_INLINE F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 LLMC_INLINE F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 LLMC_INLINE F16 operator*(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }

@@ -41,6 +41,15 @@ LLMC_INLINE void store_low16(void* p, I16 a) {
   std::memcpy(p, half, sizeof half);
 }
 
+LLMC_INLINE void store_two_bytes(void* high, void* low, I16 a, I16 b, I16 c, I16 d) {
+  const I16 vectors[4] = {a, b, c, d};
+  for (int i = 0; i < 64; ++i) {
+    const int32_t lane = vectors[i % 16 / 4].v[i / 16 * 4 + i % 4];
+    static_cast<uint8_t*>(high)[i] = static_cast<uint8_t>(lane >> 8);
+    static_cast<uint8_t*>(low)[i] = static_cast<uint8_t>(lane);
+  }
+}
+
 LLMC_INLINE F16 operator+(F16 a, F16 b) { F16 out; LLMC_LANES(a.v[i] + b.v[i]); }
 LLMC_INLINE F16 operator-(F16 a, F16 b) { F16 out; LLMC_LANES(a.v[i] - b.v[i]); }
 LLMC_INLINE F16 operator*(F16 a, F16 b) { F16 out; LLMC_LANES(a.v[i] * b.v[i]); }
