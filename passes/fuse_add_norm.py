@@ -43,21 +43,25 @@ class FuseAddNorm:
     def run(self, program: Program, context: PassContext) -> PassResult:
         """One match per joined pair; misses name norms of a sum that stay apart from it."""
         graph = program.copy_graph()
-        misses: list[str] = []
-        matches = 0
-        for norm in calls(graph, *FUSED):
-            total = argument(norm, "x")
-            if not is_call(total, ADD):
-                continue
-            reason = _obstacle(norm, total)
-            if reason is not None:
-                misses.append(f"{norm.name}: {reason}")
-                continue
-            _fuse(graph, norm, total)
-            matches += 1
-        erase_dead(graph)
-        report = PassReport(matches=matches, misses=tuple(misses))
-        return PassResult(program=program.replace(graph=graph), report=report)
+        return PassResult(program=program.replace(graph=graph), report=fuse_sums(graph))
+
+
+def fuse_sums(graph: fx.Graph) -> PassReport:
+    """Join each sum with the first norm that reads it, in place."""
+    misses: list[str] = []
+    matches = 0
+    for norm in calls(graph, *FUSED):
+        total = argument(norm, "x")
+        if not is_call(total, ADD):
+            continue
+        reason = _obstacle(norm, total)
+        if reason is not None:
+            misses.append(f"{norm.name}: {reason}")
+            continue
+        _fuse(graph, norm, total)
+        matches += 1
+    erase_dead(graph)
+    return PassReport(matches=matches, misses=tuple(misses))
 
 
 def _obstacle(norm: fx.Node, total: fx.Node) -> str | None:

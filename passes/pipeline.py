@@ -11,6 +11,7 @@ from .fuse_qkv import FuseQkv
 from .fuse_rope_cache import FuseRopeCache
 from .kv_layout import KvLayout
 from .memory_plan import PlanMemory
+from .narrow_rows import NarrowRows
 from .paged_attention import PagedAttention
 from .quantize.awq import Awq
 from .quantize.fp8 import Fp8
@@ -123,6 +124,8 @@ def layout() -> tuple[Pass, ...]:
         PagedAttention(expect=1),
         # needs the cache writes that the pass before makes
         FuseRopeCache(),
+        # a prompt's tokens end with their keys and values, but for the last
+        NarrowRows(),
     )
 
 

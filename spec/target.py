@@ -31,6 +31,12 @@ class Target:
         """The target as the command line spells it."""
         return f"{self.kind}:{','.join(self.levels)}" if self.levels else self.kind
 
+    @property
+    def narrows_rows(self) -> bool:
+        """Whether its steps take fewer rows behind the last attention than before it. A GPU's recorded step
+        has as many rows of logits as tokens; the ONNX target narrows rows in its own graph."""
+        return self.kind in ("cpu", "reference")
+
 
 REFERENCE = Target(kind="reference")
 

@@ -21,8 +21,8 @@ _STEP = "void run_step("
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tap:
-    """One node whose value is told: rows of `width` float32 values, a row a token; `call` is the comment of
-    the statement that made it."""
+    """One node whose value is told: rows of `width` float32 values, a row a token where the logits of every
+    token are wanted; `call` is the comment of the statement that made it."""
 
     node: str
     width: int
@@ -57,7 +57,7 @@ def tap_source(program: Program, text: str) -> TappedSource:
     points: list[_Point] = []
 
     def observe(node: fx.Node) -> None:
-        point = _point(emitter, node)
+        point = _point(emitter, node, program.spec.vocab_size)
         if point is not None:
             points.append(point)
 
@@ -80,19 +80,20 @@ def tap_source(program: Program, text: str) -> TappedSource:
     return TappedSource(text=_woven(text, functions, extra, len(points)), taps=taps)
 
 
-def _point(emitter: Emitter, node: fx.Node) -> _Point | None:
-    """Where the value of a node can be told; None for sizes, tuples, inputs and values of other rows."""
+def _point(emitter: Emitter, node: fx.Node, vocab_size: int) -> _Point | None:
+    """Where the value of a node can be told; None for sizes, tuples, inputs, logits, values of other rows."""
     value = emitter.env.get(node)
     if not isinstance(value, Value) or value.ctype != "float" or not emitter.unit.calls:
         return None
-    tokens = symbol_for("T")
-    if not value.shape or value.shape[0] != tokens:
+    if not value.shape or value.shape[0] not in (symbol_for("T"), symbol_for("L")):
         return None
     width = 1
     for size in value.shape[1:]:
         if size.free_symbols:
             return None
         width *= int(size)
+    if value.shape[0] == symbol_for("L") and width >= vocab_size:
+        return None
     return _Point(node, value, len(emitter.unit.calls), width)
 
 

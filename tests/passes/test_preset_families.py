@@ -23,13 +23,34 @@ SUPPORTED = {family.name: family for family in FAMILIES if family.refused is Non
 
 # What each of these must match, of 4 layers: an architecture that stops matching is slower in silence.
 MATCHES = {
-    "llama3": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "gptq": 17, "fuse_rope_cache": 4},
-    "qwen3": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "gptq": 18, "fuse_rope_cache": 4},
-    "gemma2": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "gptq": 17, "fuse_rope_cache": 4},
-    "phi": {"fuse_qkv": 4, "fuse_add_norm": 3, "fuse_rope_cache": 4},
-    "gpt2": {"fuse_add_norm": 8, "gptq": 18},
-    "gpt_oss": {"fuse_qkv": 4, "fuse_add_norm": 7, "gptq": 18, "fuse_rope_cache": 4},
-    "deepseek_v2": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "gptq": 32},
+    "llama3": {
+        "fuse_qkv": 4,
+        "fuse_gate_up": 4,
+        "fuse_add_norm": 7,
+        "gptq": 17,
+        "fuse_rope_cache": 4,
+        "narrow_rows": 7,
+    },
+    "qwen3": {
+        "fuse_qkv": 4,
+        "fuse_gate_up": 4,
+        "fuse_add_norm": 7,
+        "gptq": 18,
+        "fuse_rope_cache": 4,
+        "narrow_rows": 7,
+    },
+    "gemma2": {
+        "fuse_qkv": 4,
+        "fuse_gate_up": 4,
+        "fuse_add_norm": 7,
+        "gptq": 17,
+        "fuse_rope_cache": 4,
+        "narrow_rows": 9,
+    },
+    "phi": {"fuse_qkv": 4, "fuse_add_norm": 3, "fuse_rope_cache": 4, "narrow_rows": 7},
+    "gpt2": {"fuse_add_norm": 8, "gptq": 18, "narrow_rows": 7},
+    "gpt_oss": {"fuse_qkv": 4, "fuse_add_norm": 7, "gptq": 18, "fuse_rope_cache": 4, "narrow_rows": 8},
+    "deepseek_v2": {"fuse_qkv": 4, "fuse_gate_up": 4, "fuse_add_norm": 7, "gptq": 32, "narrow_rows": 12},
 }
 
 
