@@ -205,8 +205,9 @@ class CudaProducts:
             return
         values = {"x_ptr": rows, "words_ptr": codes, "scales_ptr": scales, "zeros_ptr": zeros} | last
         num_blocks = codes.shape[-1] // 16
-        unroll, turns = turns_of_part(blocks(num_blocks, parts), tile.constants["BM"])
-        kind = {"BLOCKS": num_blocks, "DIGITS": min(4, group // 32), "UNROLL": unroll}
+        digits = min(4, group // 32)
+        unroll, turns = turns_of_part(blocks(num_blocks, parts), tile.constants["BM"], 4 // digits)
+        kind = {"BLOCKS": num_blocks, "DIGITS": digits, "UNROLL": unroll}
         kind |= {"ZERO": 1 << (parsed.bits - 1), "SYMMETRIC": parsed.symmetric}
         # Loads of turns that there are not would take shared memory from other programs.
         ahead = replace(tile, stages=min(tile.stages, turns + 1))
@@ -305,13 +306,16 @@ class Tile:
         return replace(self, grid=(self.grid[0], self.grid[1], apart))
 
 
-def turns_of_part(num_blocks: int, rows: int) -> tuple[int, int]:
-    """Of a part of K in words: the blocks of a turn of the loop, which share half of what a turn takes where
-    registers allow, and the turns. A short part is one turn, whose loads are all ahead; of a long one few
-    blocks of the last turn are beyond the end."""
-    unroll = 1 if rows > 32 else num_blocks
-    if unroll >= 8:
-        unroll = min((4, 7, 6, 5), key=lambda each: blocks(num_blocks, each) * each)
+def turns_of_part(num_blocks: int, rows: int, groups: int) -> tuple[int, int]:
+    """Of a part of K in words, whose blocks have `groups` sums each: the blocks of a turn of the loop, which
+    share half of what a turn takes, and the turns. A short part is one turn, whose loads are all ahead; of a
+    long one few blocks of the last turn are beyond the end."""
+    # Many rows leave no registers for more; sums of few, and a block's codes, fill tensor memory of sm_100.
+    most = 1 if rows > 32 else min(7, 448 // (rows * groups))
+    unroll = num_blocks
+    if num_blocks > most:
+        near = [each for each in (4, 7, 6, 5, 3, 2, 1) if most // 2 < each <= most]
+        unroll = min(near, key=lambda each: blocks(num_blocks, each) * each)
     return unroll, blocks(num_blocks, unroll)
 
 

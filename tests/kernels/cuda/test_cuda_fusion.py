@@ -123,12 +123,17 @@ def test_parts_do_not_depend_on_rows_and_keep_a_gpu_busy():
 @pytest.mark.parametrize("num_blocks", range(1, 40))
 def test_turns_of_a_part_leave_little_over(num_blocks):
     """All of a short part is one turn; of a long one less than an eighth is beyond the end."""
-    unroll, turns = turns_of_part(num_blocks, 16)
+    unroll, turns = turns_of_part(num_blocks, 16, 4)
     beyond = unroll * turns - num_blocks
     assert 0 <= beyond <= num_blocks / 8
     assert unroll < 8
     assert (turns == 1) == (num_blocks < 8)
-    assert turns_of_part(num_blocks, 64) == (1, num_blocks)
+    assert turns_of_part(num_blocks, 32, 1) == turns_of_part(num_blocks, 16, 4)
+    # Sums of a turn are at once in tensor memory.
+    unroll, turns = turns_of_part(num_blocks, 32, 4)
+    assert unroll <= 3
+    assert 0 <= unroll * turns - num_blocks < unroll
+    assert turns_of_part(num_blocks, 64, 4) == (1, num_blocks)
 
 
 def test_arrivals_are_left_as_they_were_found(launch):

@@ -18,6 +18,7 @@ import torch
 from llmc.codegen.cuda.assemble import assemble
 from llmc.kernels.cuda.operators import CudaOperators
 from llmc.kernels.cuda.variants import modelled
+from llmc.spec.errors import InternalError
 from llmc.spec.target import CUDA_ARCHITECTURES
 
 pytest.importorskip("triton")
@@ -209,3 +210,13 @@ def test_loads_ahead_are_as_many_as_an_architecture_holds():
     small, large = assemble([(specialisation, "sm_89"), (specialisation, "sm_90")])
     assert small.shared_bytes <= 99 << 10 < large.shared_bytes
     assert small.stack_bytes == 0
+
+
+@pytest.mark.slow
+def test_what_tensor_memory_does_not_hold_is_an_error():
+    """triton would compile it to code that traps."""
+    fits = words(32, 28672, rows=128)
+    constants = tuple((name, 128 if name == "BM" else value) for name, value in fits.constants)
+    assert constants != fits.constants
+    with pytest.raises(InternalError, match="tensor memory of sm_100"):
+        assemble([(replace(fits, constants=constants), "sm_100")])
