@@ -67,7 +67,7 @@ def _has_rows(value: Any, tokens: Any) -> bool:
 def _fits(value: Any, tokens: Any) -> bool:
     """Whether an operand has T rows, or is a tensor of known sizes."""
     return _has_rows(value, tokens) or (
-        isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
+        isinstance(value, torch.Tensor) and not any(isinstance(size, torch.SymInt) for size in value.shape)
     )
 
 

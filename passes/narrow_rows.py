@@ -119,7 +119,8 @@ def works_on_rows(node: fx.Node) -> bool:
     if is_elementwise(node):
         # Broadcasting aligns from the right: rows meet rows where ranks are equal.
         weights = [source for source in node.all_input_nodes if is_weight(source)]
-        return all(_rank(each) == rank for each in sources) and all(_rank(each) < rank for each in weights)
+        same = all(_rank(each) == rank for each in sources)
+        return rank is not None and same and all(rank_of(each) < rank for each in weights)
     if name in _BY_ROWS:
         return all((_rank(each) or 0) > 1 for each in sources)
     if name in _ALONG:
