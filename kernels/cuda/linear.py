@@ -110,6 +110,24 @@ def linear(
 
 
 @triton.jit
+def block_of_turn(ahead, count, M, EVEN: tl.constexpr):
+    """Which block of `count` is loaded, and how many rows it is for: beyond the end the last, for none."""
+    if EVEN:
+        return ahead, M
+    else:
+        return tl.minimum(ahead, count - 1), tl.where(ahead < count, M, 0)
+
+
+@triton.jit
+def lifts_of_group(zeros_ptr, group, ones, ZERO: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """What lifts the codes of a group: the zero points stored for it, or one for all."""
+    if SYMMETRIC:
+        return lifted(tl.full([1, 1], ZERO, tl.int32), ones)
+    else:
+        return lifted(tl.load(zeros_ptr + group).to(tl.int32), ones)[:, None]
+
+
+@triton.jit
 def word_part(
     x_ptr, norm_ptr, words_ptr, scales_ptr, zeros_ptr, row, at, held, start, stop, M, offset, K: tl.constexpr,
     BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DIGITS: tl.constexpr, ZERO: tl.constexpr,
@@ -144,11 +162,7 @@ def word_part(
     # Half of a turn is not for its weights: blocks share it, where registers allow.
     for turn in tl.range(0, stop - start, UNROLL):
         for within in tl.static_range(UNROLL):  # pyright: ignore[reportGeneralTypeIssues]
-            ahead = turn + within
-            rows = M
-            if not EVEN:
-                rows = tl.where(ahead < stop - start, M, 0)
-                ahead = tl.minimum(ahead, stop - start - 1)
+            ahead, rows = block_of_turn(turn + within, stop - start, M, EVEN)
             block = start + ahead
             words = tl.load(words_ptr + ahead * 16)
             if beside:
@@ -159,17 +173,13 @@ def word_part(
             block_norm = norm_ptr + ahead * 128 if weighs else norm_ptr
             for first in tl.static_range(0, 4, DIGITS):  # pyright: ignore[reportGeneralTypeIssues]
                 # The groups of what fills the last block do not exist, and x is 0 there.
-                group = tl.minimum((block * 128 + 32 * first) // GROUP, GROUPS - 1)
-                if beside:
-                    scale = scale_of_digits(scales, first, DIGITS, scale_type)
-                else:
-                    scale = tl.load(scales_ptr + held * GROUPS + group)
-                if SYMMETRIC:
-                    lifts = lifted(tl.full([1, 1], ZERO, tl.int32), ones)
-                elif beside:
+                group = held * GROUPS + tl.minimum((block * 128 + 32 * first) // GROUP, GROUPS - 1)
+                scale_ptr = scales_ptr + group
+                scale = scale_of_digits(scales, first, DIGITS, scale_type) if beside else tl.load(scale_ptr)
+                if beside and not SYMMETRIC:
                     lifts = lifted((zeros >> (8 * (first // DIGITS % 2))).to(tl.int32), ones)[:, None]
                 else:
-                    lifts = lifted(tl.load(zeros_ptr + held * GROUPS + group).to(tl.int32), ones)[:, None]
+                    lifts = lifts_of_group(zeros_ptr, group, ones, ZERO, SYMMETRIC)
                 k = block * 128 + 32 * first + digits
                 norm = block_norm + 32 * first if weighs else block_norm
                 x = load_tile(block_x + 32 * first, norm, row, k, rows, offset, K, K % 128 == 0, NORM)

@@ -109,6 +109,25 @@ def group_part(
 
 
 @triton.jit
+def scaled_part(
+    x_ptr, norm_ptr, codes_ptr, scales_ptr, row, at, held, first, last, M, offset, K: tl.constexpr,
+    STORED: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, FULL: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, X_FORM: tl.constexpr, FORM: tl.constexpr, PACKED: tl.constexpr,
+    NORM: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    """The sum over codes `first` … `last` of rows with one scale, over such groups of others."""
+    if GROUPS == 1:
+        place = (row, at, held, first, last - first, M, offset)
+        part = code_part(
+            x_ptr, norm_ptr, codes_ptr, *place, K, STORED, FULL, BM, BN, BK, X_FORM, FORM, PACKED, NORM
+        )
+        return part.to(tl.float32) * tl.load(scales_ptr + held).to(tl.float32)[:, None]
+    else:
+        given = (x_ptr, norm_ptr, codes_ptr, scales_ptr, row, at, held, first, last, M, offset)
+        return group_part(*given, K, STORED, GROUPS, GROUP, FULL, BM, BN, BK, X_FORM, FORM, PACKED, NORM, PER)
+
+
+@triton.jit
 def linear_bytes(
     x_ptr, codes_ptr, scales_ptr, bias_ptr, y_ptr, norm_ptr, row_scales_ptr, residual_ptr, partial_ptr,
     arrived_ptr, experts_ptr, pairs_ptr, M, eps, offset, x_stride: tl.constexpr, N: tl.constexpr,
@@ -158,17 +177,10 @@ def linear_bytes(
     for part in tl.range(0, 1 if APART else SPLITS):
         first = own + part * each
         last = tl.minimum(first + each, stop)
-        if GROUPS == 1:
-            place = (row, at, held, first, last - first, M, offset)
-            codes = code_part(
-                x_ptr, norm_ptr, codes_ptr, *place, K, STORED, full, BM, BN, BK, X_FORM, FORM, packed, NORM
-            )
-            sums += codes.to(tl.float32) * tl.load(scales_ptr + held).to(tl.float32)[:, None]
-        else:
-            given = (x_ptr, norm_ptr, codes_ptr, scales_ptr, row, at, held, first, last, M, offset)
-            sums += group_part(
-                *given, K, STORED, GROUPS, GROUP, full, BM, BN, BK, X_FORM, FORM, packed, NORM, turn
-            )
+        given = (x_ptr, norm_ptr, codes_ptr, scales_ptr, row, at, held, first, last, M, offset)
+        sums += scaled_part(
+            *given, K, STORED, GROUPS, GROUP, full, BM, BN, BK, X_FORM, FORM, packed, NORM, turn
+        )
     if APART:
         sums, M = sum_parts(partial_ptr, arrived_ptr, sums, row, M, SPLITS, BN, BM)
     if NORM != "":
