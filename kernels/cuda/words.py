@@ -44,7 +44,12 @@ def pairs_less(pairs, lifts, HALF: tl.constexpr):
     """Both bfloat16 halves of `pairs` less one half of `lifts`, all in int32: one instruction, where the
     compiler would take halves apart and put them together again."""
     return tl.inline_asm_elementwise(
-        LESS_HIGH if HALF else LESS_LOW, "=r,r,r", [pairs, lifts], dtype=tl.int32, is_pure=True, pack=1
+        LESS_HIGH if HALF else LESS_LOW,  # pyright: ignore[reportArgumentType]
+        "=r,r,r",
+        [pairs, lifts],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
     )
 
 
