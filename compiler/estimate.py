@@ -17,6 +17,7 @@ from ..passes.base import Pass, PassContext, Stage
 from ..passes.bits import num_parameters
 from ..passes.instruments import Timing
 from ..passes.manager import check_order, run_passes, until_stage
+from ..passes.narrow_rows import NarrowRows
 from ..runtime.fit import Fit, fit_within
 from ..spec.cache import CacheLayout
 from ..spec.errors import InternalError
@@ -83,7 +84,7 @@ class Estimator:
     def estimate(self, recipe: str, passes: Sequence[Pass]) -> Estimate:
         """The estimate for a recipe by its passes. Raises what they raise, InternalError where they plan
         neither cache nor memory."""
-        final, summaries = self._run(tuple(passes))
+        final, summaries = self._run(self._counted(passes))
         if final.cache is None or final.memory is None:
             raise InternalError(
                 "compile.no_memory_plan",
@@ -110,13 +111,20 @@ class Estimator:
 
     def file_bytes(self, passes: Sequence[Pass]) -> FileBytes:
         """Bytes of the artifact of a recipe. Raises TargetError for what the target has no form for."""
-        front, _ = until_stage(tuple(passes), Stage.layout)
-        final, portable = self._run(tuple(passes)).program, self._run(front).program
+        counted = self._counted(passes)
+        front, _ = until_stage(counted, Stage.layout)
+        final, portable = self._run(counted).program, self._run(front).program
         backend = backend_for(self._target)
         bound = backend.estimate_bytes(final, portable)
         stored = backend.stored_form(final, portable)
         weights = self._folded.total({name: stored.num_bytes(name) for name in stored})
         return FileBytes(weights=weights, at_most=weights + bound - stored.total_bytes)
+
+    def _counted(self, passes: Sequence[Pass]) -> tuple[Pass, ...]:
+        """`passes` but for the one that only the last layer gains by: where layers stand for others, what is
+        alive at once is decided by those, one behind the other."""
+        alone = all(len(layers) == 1 for layers in self._folded.members)
+        return tuple(pass_ for pass_ in passes if alone or pass_.name != NarrowRows.name)
 
     def _run(self, passes: tuple[Pass, ...]) -> _Ran:
         """The folded program after `passes`; what recipes begin with alike is run once."""
